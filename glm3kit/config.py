@@ -1,0 +1,347 @@
+"""The configuration of a run: what departs from ChatGLM3-6B's defaults, checked as a whole before anything starts.
+
+The defaults of `model` are the published config.json of ChatGLM3-6B; those of `train` are MindFormers 1.1's
+`run_glm3_6b*.yaml`. Relative paths in a file are relative to that file's folder; in an override, to the working
+directory.
+
+    config = load_config("configs/tiny.yaml", ["train.batch_size=2"])
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from glm3kit.errors import ConfigError
+from glm3kit.files import atomic_write
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+Count = Annotated[int, Field(ge=1)]
+Paths = Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
+# Keys that hold paths, as (group, key).
+PATH_KEYS = (("output_dir",), ("model", "checkpoint_name_or_path"), ("model", "tokenizer_path"),
+             ("data", "train_path"), ("data", "eval_path"))
+
+
+class Part(BaseModel):
+    """Base of the groups: no unknown keys, no silent conversion of types, no change after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Part):
+    """Sizes and types of a ChatGLM3; field names are those of the published config.json."""
+
+    num_layers: Count = 28
+    padded_vocab_size: Count = 65024
+    hidden_size: Count = 4096
+    ffn_hidden_size: Count = 13696
+    kv_channels: Count = 128  # size of one attention head
+    num_attention_heads: Count = 32
+    multi_query_group_num: Count = 2  # key/value heads
+    layernorm_epsilon: float = Field(1e-5, gt=0)
+    seq_length: Count = 2048  # tokens of the window
+    param_dtype: Dtype = "float16"
+    compute_dtype: Dtype = "float16"
+    checkpoint_name_or_path: str | None = None  # a weights file or folder
+    tokenizer_path: str | None = None
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> "ModelConfig":
+        if self.num_attention_heads % self.multi_query_group_num:
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} is no multiple of "
+                             f"multi_query_group_num {self.multi_query_group_num}")
+        if self.kv_channels % 4:
+            raise ValueError(f"kv_channels {self.kv_channels} is no multiple of 4: half a head is rotated, in pairs")
+        return self
+
+    @classmethod
+    def from_hf(cls, path: str | Path, **changes: Any) -> "ModelConfig":
+        """Read a published config.json; `changes` replace single fields.
+
+        Raises ConfigError for a missing file, a file of another model, or an architecture that ChatGLM3 does not have.
+        Example: ModelConfig.from_hf("chatglm3-6b/config.json", compute_dtype="float32")
+        """
+        path = Path(path)
+        try:
+            published = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as err:
+            raise ConfigError(f"{path}: no such file; expected the config.json of the hub folder") from err
+        except (OSError, ValueError) as err:
+            raise ConfigError(f"{path}: cannot be read as JSON ({err}); download the file again") from err
+        model_type = published.get("model_type") if isinstance(published, dict) else None
+        if model_type != "chatglm":
+            raise ConfigError(f"{path}: model_type is {model_type!r}, expected 'chatglm'; "
+                              "give the config.json of a ChatGLM3 model")
+        fixed = {"rmsnorm": True, "add_bias_linear": False, "add_qkv_bias": True, "multi_query_attention": True,
+                 "post_layer_norm": True, "apply_residual_connection_post_layernorm": False, "original_rope": True}
+        other = [f"{key} {published[key]} (expected {value})" for key, value in fixed.items()
+                 if published.get(key, value) != value]
+        if other:
+            raise ConfigError(f"{path}: not ChatGLM3's architecture: {', '.join(other)}")
+        fields = {key: published[key] for key in cls.model_fields if key in published}
+        dtype = published.get("torch_dtype", "float16")
+        try:
+            return cls(**{"param_dtype": dtype, "compute_dtype": dtype} | fields | changes)
+        except ValidationError as err:
+            raise ConfigError("\n".join(_faults(err, {}, str(path), cls))) from err
+
+
+class DataConfig(Part):
+    """Where the rows are and how long they may get; lengths in tokens."""
+
+    train_path: Paths = ()
+    eval_path: Paths = ()
+    origin_columns: Annotated[tuple[str, str], Field(strict=False)] = ("content", "summary")  # source, target
+    max_source_length: Count = 64
+    max_target_length: Count = 127
+    max_seq_length: Count | None = None  # for conversations only; else the sum of the two above and 1
+    tools_indent: int | None = Field(4, ge=0)  # null: MindFormers' form, 4: the chat prompt's form
+    skip_bad: bool = False
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of a training row: max_source_length + max_target_length + 1, unless max_seq_length says otherwise."""
+        return self.max_seq_length or self.max_source_length + self.max_target_length + 1
+
+    @property
+    def row_rule(self) -> str:
+        """The sum of an ADGEN row, for messages."""
+        return (f"max_source_length {self.max_source_length} + max_target_length {self.max_target_length} + 1 = "
+                f"{self.max_source_length + self.max_target_length + 1}")
+
+
+class TrainConfig(Part):
+    """Optimizer, schedule and saving; AdamW and a polynomial of power 1 as in MindFormers' GLM3 configurations."""
+
+    batch_size: Count = 4  # rows a device and micro-step
+    epochs: Count = 1
+    total_steps: Count | None = None  # default: all steps of all epochs
+    gradient_accumulation_steps: Count = 1
+    learning_rate: float = Field(5e-5, ge=0)
+    end_learning_rate: float = Field(1e-6, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)  # not on biases and norms
+    max_grad_norm: float | None = Field(1.0, gt=0)  # null: no clipping
+    loss_scale: float | Literal["dynamic"] | None = None  # "dynamic": 65536, factor 2, window 1000
+    seed: int = Field(0, ge=0)
+    save_steps: Count | None = None  # default: at the end only
+    keep_checkpoints: Count = 1
+    log_steps: Count = 1
+
+
+class ParallelConfig(Part):
+    """How many processes train together, one a device."""
+
+    data_parallel: Count = 1
+    device_target: Literal["auto", "CPU", "Ascend"] = "auto"
+
+
+class GenerateConfig(Part):
+    """How answers are drawn; lengths in tokens. Stop ids are the tokenizer's."""
+
+    max_length: Count | None = None  # prompt and answer; default: the window
+    max_new_tokens: Count | None = None
+    do_sample: bool = False
+    temperature: float = Field(1.0, gt=0)
+    top_k: int = Field(0, ge=0)  # 0: all
+    top_p: float = Field(1.0, gt=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    seed: int | None = None
+
+
+class RunConfig(Part):
+    """Everything a run is made of. `model.seq_length` is derived from `data` where `data` names rows or lengths."""
+
+    name: str = Field("run", pattern=r"^[\w.-]+$")
+    output_dir: str = "output"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    generate: GenerateConfig = GenerateConfig()
+
+    @model_validator(mode="after")
+    def _derive_seq_length(self) -> "RunConfig":
+        data, derived = self.data, self.data.seq_length
+        given = data.model_fields_set
+        if data.max_seq_length and {"max_source_length", "max_target_length"} <= given:
+            if data.max_seq_length != data.max_source_length + data.max_target_length + 1:
+                raise ValueError(f"data.max_seq_length is {data.max_seq_length}, but {data.row_rule}; "
+                                 "give one or the other")
+        if not given & {"train_path", "max_source_length", "max_target_length", "max_seq_length"}:
+            return self
+        if "seq_length" not in self.model.model_fields_set:
+            # Frozen for users, not yet here.
+            self.__dict__["model"] = self.model.model_copy(update={"seq_length": derived})
+        elif self.model.seq_length != derived:
+            rule = f"max_seq_length is {derived}" if data.max_seq_length else data.row_rule
+            raise ValueError(f"model.seq_length is {self.model.seq_length}, but in data {rule}; "
+                             "leave model.seq_length out (it is derived), or change the lengths in data")
+        return self
+
+    @property
+    def job_dir(self) -> Path:
+        """The folder of the run: output_dir/name."""
+        return Path(self.output_dir) / self.name
+
+    def save(self, path: str | Path) -> None:
+        """Write the complete configuration as YAML that `load_config` reads back equal."""
+        atomic_write(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but `1e-5` is a number and a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise yaml.MarkedYAMLError(None, None, f"key {key!r} is no text", key_node.start_mark)
+            if key in seen:
+                raise yaml.MarkedYAMLError(None, None, f"key '{key}' stands twice (lines {seen[key]} and {line})",
+                                           key_node.start_mark)
+            seen[key] = line
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
+                              list("-+0123456789"))
+
+
+def _lines(node: yaml.Node | None, path: tuple = ()) -> dict[tuple, int]:
+    """Map each key's path, such as ("train", "batch_size"), to its line."""
+    lines = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*path, key.value)
+            lines[here] = key.start_mark.line + 1
+            lines |= _lines(value, here)
+    return lines
+
+
+def _faults(error: ValidationError, lines: dict[tuple, int | str], source: str, root: type[Part]) -> list[str]:
+    """One line a key with a fault: where it stands, what was found, what was expected."""
+    faults: dict[tuple[str, str], list[str]] = {}
+    for item in error.errors():
+        group, loc = root, ()
+        for part in item["loc"]:  # what follows the key is pydantic's: places in a list, members of a union
+            if not (isinstance(group, type) and issubclass(group, Part)):
+                break
+            loc = (*loc, part)
+            group = group.model_fields[part].annotation if part in group.model_fields else None
+        place = loc
+        if item["type"] == "value_error":  # our own validators begin with the key that they are about
+            place += tuple(item["msg"].removeprefix("Value error, ").split(" ")[0].split("."))
+        at = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), None)
+        where = f"{source}:{at}" if isinstance(at, int) else at or source
+        if item["type"] == "extra_forbidden":
+            holder = root
+            for part in loc[:-1]:
+                holder = holder.model_fields[part].annotation
+            near = difflib.get_close_matches(loc[-1], list(holder.model_fields), 1)
+            message = "unknown key; " + (f"did you mean '{near[0]}'?" if near else
+                                         f"known here: {', '.join(holder.model_fields)}")
+        elif item["type"] == "value_error":
+            message = item["msg"].removeprefix("Value error, ")
+        else:
+            message = f"{item['msg'].replace('Input s', 's')}, got {item['input']!r}"
+        faults.setdefault((where, ".".join(loc)), []).append(message)
+    return [f"{where}: {key + ': ' if key else ''}{' or '.join(messages)}" for (where, key), messages in faults.items()]
+
+
+def _absolute(values: dict, folder: Path) -> None:
+    """Make the paths of a parsed file absolute, in place."""
+    for *groups, key in PATH_KEYS:
+        holder = values
+        for group in groups:
+            holder = holder.get(group) if isinstance(holder, dict) else None
+        if not isinstance(holder, dict):
+            continue
+        value = holder.get(key)
+        if isinstance(value, str):
+            holder[key] = str((folder / Path(value).expanduser()).resolve())
+        elif isinstance(value, list):
+            holder[key] = [str((folder / Path(v).expanduser()).resolve()) if isinstance(v, str) else v for v in value]
+
+
+def _read_yaml(text: str, source: str) -> tuple[dict, dict[tuple, int]]:
+    try:
+        values = yaml.load(text, Loader=_Loader)  # a SafeLoader: plain values only
+        lines = _lines(yaml.compose(text, Loader=_Loader))
+    except yaml.YAMLError as err:
+        mark = getattr(err, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark else source
+        raise ConfigError(f"{where}: {getattr(err, 'problem', None) or err}") from err
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: expected groups such as 'model:' and 'train:', got {type(values).__name__}")
+    return values, lines
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a configuration file and apply overrides such as "train.batch_size=2".
+
+    The name of the run is the file's name unless `name` is given; results go to `output` in the working directory
+    unless `output_dir` is given.
+    Raises ConfigError that lists all faults together, each with file and line: unknown keys, wrong types, keys that
+    stand twice, a seq_length that does not match the data.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as err:
+        raise ConfigError(f"{path}: no such file; the configurations that come with the kit are in configs/") from err
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"{path}: cannot be read: {err}") from err
+    values, lines = _read_yaml(text, str(path))
+    values.setdefault("name", path.stem)
+    _absolute(values, path.parent)
+    values.setdefault("output_dir", str(Path("output").resolve()))
+
+    faults = []
+    where: dict[tuple, int | str] = dict(lines)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        keys = tuple(key.strip().split("."))
+        if not equals or not all(keys):
+            faults.append(f"override '{override}': expected group.key=value, such as train.batch_size=2")
+            continue
+        parsed, _ = _read_yaml(f"value: {value}" if value.strip() else "value: null", f"override '{override}'")
+        patch: dict = {keys[-1]: parsed["value"]}
+        for part in reversed(keys[:-1]):
+            patch = {part: patch}
+        _absolute(patch, Path.cwd())
+        holder, source = values, patch
+        for part in keys[:-1]:
+            if not isinstance(holder.get(part), dict):
+                holder[part] = {}
+            holder, source = holder[part], source[part]
+        holder[keys[-1]] = source[keys[-1]]
+        where[keys] = f"override '{override}'"
+    try:
+        config = RunConfig(**values)
+    except ValidationError as err:
+        faults += _faults(err, where, str(path), RunConfig)
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return config
+
+
+class AutoConfig:
+    """The name that MindFormers' scripts use for reading a model's configuration."""
+
+    @staticmethod
+    def from_pretrained(path: str | Path) -> ModelConfig:
+        """The `model` part of a configuration file, with `seq_length` derived where the file has data."""
+        return load_config(path).model
