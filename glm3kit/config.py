@@ -26,6 +26,9 @@ Paths = Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(lambda v
 # Keys that hold paths, as (group, key).
 PATH_KEYS = (("output_dir",), ("model", "checkpoint_name_or_path"), ("model", "tokenizer_path"),
              ("data", "train_path"), ("data", "eval_path"))
+# What all ChatGLM3 models have in common, as their config.json says it; another value is another model.
+ARCHITECTURE = {"rmsnorm": True, "add_bias_linear": False, "add_qkv_bias": True, "multi_query_attention": True,
+                "post_layer_norm": True, "apply_residual_connection_post_layernorm": False, "original_rope": True}
 
 
 class Part(BaseModel):
@@ -78,9 +81,7 @@ class ModelConfig(Part):
         if model_type != "chatglm":
             raise ConfigError(f"{path}: model_type is {model_type!r}, expected 'chatglm'; "
                               "give the config.json of a ChatGLM3 model")
-        fixed = {"rmsnorm": True, "add_bias_linear": False, "add_qkv_bias": True, "multi_query_attention": True,
-                 "post_layer_norm": True, "apply_residual_connection_post_layernorm": False, "original_rope": True}
-        other = [f"{key} {published[key]} (expected {value})" for key, value in fixed.items()
+        other = [f"{key} {published[key]} (expected {value})" for key, value in ARCHITECTURE.items()
                  if published.get(key, value) != value]
         if other:
             raise ConfigError(f"{path}: not ChatGLM3's architecture: {', '.join(other)}")
@@ -90,6 +91,16 @@ class ModelConfig(Part):
             return cls(**{"param_dtype": dtype, "compute_dtype": dtype} | fields | changes)
         except ValidationError as err:
             raise ConfigError("\n".join(_faults(err, {}, str(path), cls))) from err
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of the published config.json for these sizes; `from_hf` reads it back, the official code too."""
+        own = self.model_dump(exclude={"param_dtype", "compute_dtype", "checkpoint_name_or_path", "tokenizer_path"})
+        return {"architectures": ["ChatGLMModel"], "model_type": "chatglm", "torch_dtype": self.param_dtype,
+                **own, **ARCHITECTURE, "hidden_dropout": 0.0, "attention_dropout": 0.0, "bias_dropout_fusion": True,
+                "apply_query_key_layer_scaling": True, "attention_softmax_in_fp32": True,
+                "fp32_residual_connection": False, "quantization_bit": 0, "pre_seq_len": None,
+                "prefix_projection": False, "eos_token_id": 2, "pad_token_id": 0, "use_cache": True,
+                "tie_word_embeddings": False}
 
 
 class DataConfig(Part):
