@@ -1,0 +1,51 @@
+"""What an import costs: `import glm3kit` loads nothing, and the parts that need no MindSpore do not load it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import glm3kit
+
+ROOT = Path(__file__).resolve().parent.parent
+WITHOUT_MINDSPORE = ["chat", "config", "data", "display", "doctor", "errors", "files", "launch", "metrics", "prompt",
+                     "rank_table", "tokenizer", "weights", "widgets", "__main__"]
+
+
+def modules_loaded_by(statement: str) -> set[str]:
+    """The top-level modules that a fresh interpreter holds after a statement."""
+    code = f"import json, sys\n{statement}\nprint(json.dumps([name.partition('.')[0] for name in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_import_glm3kit_loads_no_third_party_package():
+    assert not modules_loaded_by("import glm3kit") & {"mindspore", "numpy", "pydantic", "yaml", "matplotlib", "IPython"}
+
+
+def test_the_command_line_loads_nothing_before_a_verb_needs_it():
+    assert not modules_loaded_by("import glm3kit.__main__") & {"mindspore", "numpy", "pydantic", "nbclient"}
+
+
+def test_the_parts_that_need_no_mindspore_do_not_load_it():
+    everything = "; ".join(f"import glm3kit.{name}" for name in WITHOUT_MINDSPORE)
+    assert "mindspore" not in modules_loaded_by(everything)
+
+
+@pytest.mark.parametrize("name", glm3kit.__all__)
+def test_every_public_name_is_found(name):
+    assert getattr(glm3kit, name).__name__ == name
+    assert name in dir(glm3kit)
+
+
+def test_modules_are_found_as_attributes():
+    assert glm3kit.errors.Glm3KitError is sys.modules["glm3kit.errors"].Glm3KitError
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'ChatGLM4'"):
+        _ = glm3kit.ChatGLM4
+    assert not hasattr(glm3kit, "_repr_html_")
