@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm3kit.errors import ConfigError, Glm3KitError, RankTableError
+from glm3kit.errors import ConfigError, Glm3KitError, JobError, RankTableError
 
 if TYPE_CHECKING:
     from glm3kit.chat import ChatSession
@@ -252,7 +252,10 @@ def talk(session: "ChatSession", read: Callable[[str], str] = input) -> None:
 
 def demo(args: argparse.Namespace) -> int:
     """Run the seven notebooks on the tiny model."""
-    from glm3kit.demo import run_demo
+    try:
+        from glm3kit.demo import run_demo
+    except ModuleNotFoundError as err:
+        raise JobError(f"the demo needs {err.name}, which is not installed; use make demo, or pip install '.[demo]'") from err
 
     index = run_demo()
     print(f"\nDone: open {index}")
