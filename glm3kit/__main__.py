@@ -255,7 +255,7 @@ def demo(args: argparse.Namespace) -> int:
     try:
         from glm3kit.demo import run_demo
     except ModuleNotFoundError as err:
-        raise JobError(f"the demo needs {err.name}, which is not installed; use make demo, or pip install '.[demo]'") from err
+        raise JobError(f"the demo needs {err.name}, not installed; use make demo, or pip install '.[demo]'") from err
 
     index = run_demo()
     print(f"\nDone: open {index}")
