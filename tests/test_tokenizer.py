@@ -39,7 +39,14 @@ def test_every_reference_text_gives_the_reference_ids(tok, rows):
 
 
 def test_a_batch_gives_the_same_ids_as_one_text_at_a_time(tok, rows):
-    assert tok.encode_batch([row["text"] for row in rows]) == [row["ids"] for row in rows]
+    texts, expected = [row["text"] for row in rows], [row["ids"] for row in rows]
+    assert [ids.tolist() for ids in tok.encode_batch(texts)] == expected
+    assert {ids.dtype for ids in tok.encode_batch(texts)} == {np.dtype("int32")}
+
+
+def test_a_batch_is_the_same_with_a_sentencepiece_that_gives_lists(tok, rows, monkeypatch):
+    monkeypatch.delattr(sentencepiece.SentencePieceProcessor, "EncodeAsNumpy")
+    assert [ids.tolist() for ids in tok.encode_batch([row["text"] for row in rows])] == [row["ids"] for row in rows]
 
 
 def test_every_reference_text_decodes_as_in_the_reference(tok, rows):
