@@ -94,7 +94,7 @@ class RankTable:
         """
         if self.rank_size < count:
             raise RankTableError(f"{self.source}: lists {self.rank_size} device(s), but {count} are asked for "
-                                 "(parallel.data_parallel); ask for fewer or give the table of more devices")
+                                 "(data_parallel x tensor_parallel); ask for fewer or give the table of more devices")
         cut = (dataclasses.replace(server, devices=tuple(d for d in server.devices if int(d.rank_id) < count))
                for server in self.servers)
         return RankTable(tuple(server for server in cut if server.devices), self.source)

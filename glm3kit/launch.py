@@ -1,0 +1,167 @@
+"""Launch a run: one process a device, as a job that lives in its folder and not in the notebook.
+
+    job = launch(load_config("configs/tiny.yaml"))                 # waits, with a progress bar
+    job = launch(config, rank_table="hccl.json", wait=False)       # then job.wait(), job.stop(), job.log(0)
+"""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import glm3kit
+from glm3kit.config import RunConfig
+from glm3kit.errors import JobError, RankTableError
+from glm3kit.job import Job, end_processes, job_processes, last_lines, rank_process
+from glm3kit.rank_table import RankTable, ascend_cards, find_rank_table, local_rank_table, read_rank_table
+
+__all__ = ["Job", "launch", "rank_process"]
+
+RESULTS = ("job.json", "metrics.jsonl", "checkpoint", "strategy")  # what a run leaves and another must not mix with
+OTHER = ("log", "config.yaml", "rank_table.json")
+# Set by whoever started us, a platform or another msrun: msrun sets its own.
+FOREIGN = ("MS_ROLE", "MS_SCHED_HOST", "MS_SCHED_PORT", "MS_WORKER_NUM", "MS_NODE_ID", "RANK_ID", "RANK_SIZE",
+           "DEVICE_ID", "RANK_TABLE_FILE")
+
+
+def choose_rank_table(config: RunConfig, given: RankTable | str | Path | None = None,
+                      environ: Mapping[str, str] = os.environ, root: str | Path = "/") -> RankTable:
+    """The table of the ranks of a run: the one given, else the platform's, else one for processes of this machine.
+
+    Raises RankTableError if it has fewer devices than the run needs, JobError if they are on several servers.
+    """
+    count, target = config.parallel.ranks, config.parallel.device_target
+    path = given if isinstance(given, (str, Path)) else None
+    if given is None and target != "CPU":
+        path = find_rank_table(environ, root)
+    if isinstance(given, RankTable):
+        table = given
+    elif path is not None:
+        table = read_rank_table(path)
+    else:
+        cards = ascend_cards(root)
+        if target != "CPU" and len(cards) < count and (cards or target == "Ascend"):
+            raise RankTableError(f"this machine shows {len(cards)} Ascend card(s) (/dev/davinci*), but {count} are "
+                                 "asked for (data_parallel x tensor_parallel); ask for fewer, or set "
+                                 "parallel.device_target to CPU")
+        table = local_rank_table(count)
+    if len(table.servers) > 1:
+        raise JobError(f"{table.source}: lists {len(table.servers)} servers; jobs run on one machine: give a table of "
+                       "this machine only")
+    return table.first(count)
+
+
+def visible_devices(table: RankTable, cards: Sequence[int]) -> str | None:
+    """ASCEND_RT_VISIBLE_DEVICES for a table that uses other cards than the first of a machine, else None.
+
+    msrun gives rank N the N-th visible card; cards are counted in the order in which the machine shows them.
+    Example: devices 4 and 5 of cards 0 to 7 -> "4,5"
+    """
+    places = [cards.index(int(device.device_id)) for device in table.devices if int(device.device_id) in cards]
+    if len(places) < table.rank_size or places == list(range(len(places))):
+        return None
+    return ",".join(map(str, places))
+
+
+def rank_environment(table: RankTable, target: str, environ: Mapping[str, str] = os.environ,
+                     root: str | Path = "/") -> dict[str, str]:
+    """The environment of the ranks: what the caller has, without another launcher's variables, with cores shared."""
+    environment = {key: value for key, value in environ.items() if key not in FOREIGN}
+    environment.setdefault("GLOG_v", "3")  # MindSpore: errors only
+    environment["PYTHONUNBUFFERED"] = "1"  # a log that can be followed
+    source = Path(glm3kit.__file__).resolve().parent.parent
+    if source.name not in ("site-packages", "dist-packages"):  # ranks run in another folder: a checkout must be found
+        paths = [str(source), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    cards = [] if target == "CPU" else ascend_cards(root)
+    if not cards:
+        cores = len(os.sched_getaffinity(0))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // table.rank_size)))
+    elif (visible := visible_devices(table, cards)) and "ASCEND_RT_VISIBLE_DEVICES" not in environment:
+        environment["ASCEND_RT_VISIBLE_DEVICES"] = visible
+    return environment
+
+
+def _lock(folder: Path) -> int:
+    """Take the folder for one job; the supervisor inherits the lock and the system frees it when that ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "job.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as err:
+        raise JobError(f"{folder}: cannot be written ({err}); set output_dir to a folder of yours") from err
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as err:
+        os.close(lock)
+        if isinstance(err, BlockingIOError):
+            raise JobError(f"{folder}: a job is running here; Job.attach() finds it, its stop() ends it, "
+                           "or give the run another name") from err
+        raise JobError(f"{folder}: no lock can be taken there ({err}); set output_dir to a local disk") from err
+    return lock
+
+
+def _clear(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds a run, or remove that run."""
+    if left := [process.pid for process in job_processes(folder)]:
+        if not overwrite:
+            raise JobError(f"{folder}: processes {left} of an earlier job still run; "
+                           "Job.attach(folder).stop() ends them")
+        end_processes(folder)
+    if not overwrite and (found := [name for name in RESULTS if (folder / name).exists()]):
+        raise JobError(f"{folder}: holds an earlier run ({', '.join(found)}); give this one another name, or "
+                       "overwrite=True to remove its log, metrics and checkpoints")
+    for name in (*RESULTS, *OTHER):
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def start_job(config: RunConfig, table: RankTable, overwrite: bool = False,
+              command: Sequence[str] | None = None) -> Job:
+    """Fill the folder and start the supervisor. command: what Python runs as a rank, by default `train`."""
+    job = Job(config.job_dir)
+    lock = _lock(job.folder)
+    try:
+        _clear(job.folder, overwrite)
+        (job.folder / "log").mkdir()
+        config.save(job.folder / "config.yaml")
+        table.save(job.folder / "rank_table.json")
+        command = command or ["-m", "glm3kit", "train", str(job.folder / "config.yaml")]
+        log = job.folder / "log" / "supervisor.log"
+        with log.open("wb") as output:
+            started = subprocess.run(
+                [sys.executable, "-m", "glm3kit.supervisor", str(job.folder), str(table.rank_size), *command],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=job.folder, pass_fds=[lock], check=False,
+                env=rank_environment(table, config.parallel.device_target))
+    finally:
+        os.close(lock)  # the supervisor holds its own
+    if started.returncode:
+        raise JobError(f"{job.folder}: the job did not start; the end of log/supervisor.log:\n{last_lines(log, 20)}")
+    return job
+
+
+def launch(config: RunConfig, rank_table: RankTable | str | Path | None = None, wait: bool = True,
+           progress: bool = True, overwrite: bool = False) -> Job:
+    """Train as `config` says, one process a device, in the folder output_dir/name.
+
+    rank_table: the devices, as a table or its file; by default the platform's (RANK_TABLE_FILE, /user/config), else
+        processes of this machine. The first ranks of it are used, as many as `parallel` asks for.
+    wait: return when the job has succeeded; Ctrl-C stops the job then. Without, return at once: the job goes on even
+        when this process ends, and Job.attach(folder) finds it again.
+    overwrite: remove an earlier run of the same name, with its checkpoints.
+    Raises RankTableError for too few devices, JobError if a job runs in that folder or has left results there, and,
+    when waiting, JobError with the reason if the job fails: rank, exit code or signal, the end of its log.
+    """
+    job = start_job(config, choose_rank_table(config, rank_table), overwrite)
+    if wait:
+        try:
+            job.wait(progress=progress)
+        except KeyboardInterrupt:
+            job.stop()
+            raise
+    return job
