@@ -1,7 +1,6 @@
-"""Rows against the values of the original's data sets; token files and batches by their properties; bad rows."""
+"""Rows against the values of the original's data sets; whole files; bad rows."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -9,10 +8,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-import glm3kit.token_file
 from glm3kit.config import DataConfig, ModelConfig, RunConfig
 from glm3kit.data import (
-    Batches,
     TokenFile,
     encode_adgen,
     encode_conversation,
@@ -279,10 +276,10 @@ def test_a_malformed_conversation_is_a_prompt_error(small):
         encode_conversation({"conversations": TALK["conversations"][:1]}, small, 32)
 
 
-# --- the token file on disk
+# --- encoding once
 
 
-def test_nothing_is_encoded_twice_until_something_changes(small, tmp_path, monkeypatch):
+def test_nothing_is_encoded_twice_until_something_changes(small, tmp_path):
     path = write_lines(tmp_path / "rows.json", numbered(5))
     first = encode(path, small, tmp_path / "tokens")
     written = (tmp_path / "tokens/ids.bin").stat().st_mtime_ns
@@ -304,138 +301,16 @@ def test_nothing_is_encoded_twice_until_something_changes(small, tmp_path, monke
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["moved.json", "rows.json", "tokens"]
 
 
+def test_a_damaged_token_file_is_encoded_again(small, tmp_path):
+    path = write_lines(tmp_path / "rows.json", numbered(5))
+    encode(path, small, tmp_path / "tokens")
+    (tmp_path / "tokens/ids.bin").write_bytes(b"\0" * 8)
+    assert len(encode(path, small, tmp_path / "tokens")) == 5
+
+
 def test_another_tokenizer_makes_another_token_file(small, tok, tmp_path):
     path = write_lines(tmp_path / "rows.json", numbered(2))
     assert encode(path, small, tmp_path / "tokens").digest != encode(path, tok, tmp_path / "tokens").digest
-
-
-@pytest.mark.parametrize("damage", [
-    lambda folder: (folder / "ids.bin").write_bytes(b"\0" * 8),
-    lambda folder: (folder / "labels.bin").unlink(),
-    lambda folder: (folder / "offsets.bin").write_bytes(b""),
-    lambda folder: (folder / "offsets.bin").write_bytes(b"\0" * 16),
-    lambda folder: (folder / "tokens.json").write_text("{"),
-    lambda folder: (folder / "tokens.json").write_text("[]"),
-    lambda folder: (folder / "tokens.json").write_text('{"format": 99, "digest": "", "report": {}}'),
-])
-def test_a_damaged_token_file_is_an_error_and_encoding_again_repairs_it(small, tmp_path, damage):
-    path = write_lines(tmp_path / "rows.json", numbered(5))
-    encode(path, small, tmp_path / "tokens")
-    damage(tmp_path / "tokens")
-    with pytest.raises(DataError, match="encode the data again"):
-        TokenFile.open(tmp_path / "tokens")
-    assert len(encode(path, small, tmp_path / "tokens")) == 5
-    assert len(TokenFile.open(tmp_path / "tokens")) == 5
-
-
-def test_a_failure_while_writing_leaves_the_previous_token_file_whole(small, tmp_path, monkeypatch):
-    path = write_lines(tmp_path / "rows.json", numbered(5))
-    before = encode(path, small, tmp_path / "tokens")
-    write_lines(path, numbered(6))
-
-    def fail(*_):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(glm3kit.token_file, "sync", fail)
-    with pytest.raises(OSError, match="no space"):
-        encode(path, small, tmp_path / "tokens")
-    assert TokenFile.open(tmp_path / "tokens").digest == before.digest
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["rows.json", "tokens"]
-
-
-def test_two_processes_that_encode_the_same_do_not_disturb_each_other(small, tmp_path, monkeypatch):
-    path = write_lines(tmp_path / "rows.json", numbered(5))
-    rename = os.rename
-
-    def late(source, target):  # another process puts the same folder there just before
-        if Path(target).name == "tokens" and not Path(target).exists():
-            shutil.copytree(source, target)
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", late)
-    assert len(encode(path, small, tmp_path / "tokens")) == 5
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["rows.json", "tokens"]
-
-
-# --- batches
-
-
-@pytest.fixture(scope="module")
-def ten(small, tmp_path_factory) -> TokenFile:
-    folder = tmp_path_factory.mktemp("ten")
-    return encode(write_lines(folder / "rows.json", numbered(10)), small, folder / "tokens")
-
-
-def answers(batches, tok: ChatGLM3Tokenizer) -> list[list[str]]:
-    """The numbers that stand in the answers of each batch."""
-    return [tok.decode(np.where(labels < 0, 0, labels)) for _, labels in batches]
-
-
-def test_a_batch_is_padded_rows_and_ignored_labels(ten, small):
-    input_ids, labels = Batches(ten, 2, 20, shuffle=False, pad_id=0).batch(1)
-    assert input_ids.shape == labels.shape == (2, 20) and input_ids.dtype == labels.dtype == np.int32
-    for row, (ids, row_labels) in enumerate([ten[2], ten[3]]):
-        assert input_ids[row].tolist() == ids.tolist() + [0] * (20 - len(ids))
-        assert labels[row].tolist() == row_labels.tolist() + [-100] * (20 - len(ids))
-
-
-def test_every_epoch_draws_each_row_once_in_an_order_of_its_own(ten, small):
-    batches = Batches(ten, 5, 32, seed=7, epochs=3)
-    drawn = answers(batches, small)
-    assert len(batches) == len(drawn) == 6 and batches.steps_per_epoch == 2
-    epochs = [drawn[0] + drawn[1], drawn[2] + drawn[3], drawn[4] + drawn[5]]
-    assert all(sorted(epoch) == [str(i) for i in range(10)] for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert [batches.epoch_of(step) for step in range(6)] == [0, 0, 1, 1, 2, 2]
-    assert epochs[1] == [str(i) for i in np.random.default_rng([7, 1]).permutation(10)]
-
-
-def test_the_seed_decides_the_order(ten, small):
-    assert answers(Batches(ten, 5, 32, seed=1), small) == answers(Batches(ten, 5, 32, seed=1), small)
-    assert answers(Batches(ten, 5, 32, seed=1), small) != answers(Batches(ten, 5, 32, seed=2), small)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_the_global_batches_do_not_depend_on_the_number_of_ranks(ten, small, ranks):
-    whole = answers(Batches(ten, 4, 32, seed=3, epochs=2), small)
-    shares = [answers(Batches(ten, 4 // ranks, 32, seed=3, epochs=2, rank=rank, ranks=ranks), small)
-              for rank in range(ranks)]
-    assert [sum(parts, []) for parts in zip(*shares, strict=True)] == whole
-    assert {len(share) for share in shares} == {4}
-
-
-def test_a_resumed_run_draws_what_the_first_would_have_drawn(ten, small):
-    whole = answers(Batches(ten, 3, 32, seed=3, epochs=4), small)
-    for step in range(13):
-        assert answers(Batches(ten, 3, 32, seed=3, epochs=4, start_step=step), small) == whole[step:]
-
-
-def test_every_row_is_seen_once_where_nothing_is_dropped(ten, small):
-    shares = [Batches(ten, 4, 32, rank=rank, ranks=2, shuffle=False, drop_last=False) for rank in range(2)]
-    assert [len(share) for share in shares] == [2, 2]
-    drawn = [row for share in shares for batch in answers(share, small) for row in batch]
-    assert sorted(row for row in drawn if row) == [str(i) for i in range(10)]
-    input_ids, labels = shares[1].batch(1)  # rows 12 to 15 of ten
-    assert np.all(input_ids == 0) and np.all(labels == -100)
-
-
-def test_fewer_rows_than_one_global_batch_are_a_clear_error(ten):
-    with pytest.raises(DataError, match="10 rows do not fill one batch of 4 rows on each of 3 devices"):
-        Batches(ten, 4, 32, ranks=3)
-    assert len(Batches(ten, 4, 32, ranks=3, drop_last=False)) == 1
-
-
-def test_rows_longer_than_the_window_are_an_error_with_both_numbers_and_the_fix(small, tmp_path):
-    tokens = encode(write_lines(tmp_path / "rows.json", [{"content": "裙", "summary": "a" * 8}]), small, tmp_path / "t")
-    assert tokens.longest == 2 + 2 + 8 + 1
-    with pytest.raises(DataError, match=r"up to 13 tokens, but seq_length is 12; make max_source_length \+ max_target"):
-        Batches(tokens, 1, 12)
-    assert len(Batches(tokens, 1, 13)) == 1
-
-
-def test_a_step_past_the_end_is_an_error(ten):
-    with pytest.raises(DataError, match="start_step is 6, but 1 epochs have 5 steps"):
-        Batches(ten, 2, 32, start_step=6)
 
 
 # --- the data of a run
