@@ -149,10 +149,15 @@ class TrainConfig(Part):
 
 
 class ParallelConfig(Part):
-    """How many processes train together, one a device."""
+    """How many processes train together, one a device: data_parallel x tensor_parallel."""
 
-    data_parallel: Count = 1
+    data_parallel: Count = 1  # see different rows
+    tensor_parallel: Count = 1  # share each matrix
     device_target: Literal["auto", "CPU", "Ascend"] = "auto"
+
+    @property
+    def ranks(self) -> int:
+        return self.data_parallel * self.tensor_parallel
 
 
 class GenerateConfig(Part):
@@ -198,14 +203,31 @@ class RunConfig(Part):
                              "leave model.seq_length out (it is derived), or change the lengths in data")
         return self
 
+    @model_validator(mode="after")
+    def _check_layout(self) -> "RunConfig":
+        ranks = self.parallel.tensor_parallel
+        sizes = {key: getattr(self.model, key) for key in ("num_attention_heads", "multi_query_group_num",
+                                                           "ffn_hidden_size", "padded_vocab_size")}
+        uneven = [f"{key} {size}" for key, size in sizes.items() if size % ranks]
+        if uneven:
+            fits = [n for n in range(1, ranks) if all(size % n == 0 for size in sizes.values())]
+            raise ValueError(f"parallel.tensor_parallel is {ranks}, which does not divide {', '.join(uneven)}; "
+                             f"these would do: {', '.join(map(str, fits))}")
+        return self
+
     @property
     def job_dir(self) -> Path:
         """The folder of the run: output_dir/name."""
         return Path(self.output_dir) / self.name
 
     def save(self, path: str | Path) -> None:
-        """Write the complete configuration as YAML that `load_config` reads back equal."""
-        atomic_write(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+        """Write the complete configuration as YAML that `load_config` reads back equal; paths become absolute."""
+        values = self.model_dump(mode="json")
+        _absolute(values, Path.cwd())
+        if self.model.seq_length != self.data.seq_length:  # no rows or lengths were given: defaults must not look so
+            for key in ("train_path", "max_source_length", "max_target_length", "max_seq_length"):
+                del values["data"][key]
+        atomic_write(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,7 +1,8 @@
 """ChatGLM3, all of it: embedding, rotary attention with grouped keys and values, SwiGLU, RMSNorm, loss.
 
-Computes what the published `modeling_chatglm.py` computes; parameter names are MindFormers 1.1's. In the shapes: B batch,
-T tokens, S slots of the kv cache, C hidden size, H heads, G key/value groups, d head size, F ffn size, V vocabulary.
+Computes what the published `modeling_chatglm.py` computes; parameter names are MindFormers 1.1's. In the shapes:
+B batch, T tokens, S slots of the kv cache, C hidden size, H heads, G key/value groups, d head size, F ffn size,
+V vocabulary.
 
     net = ChatGLM3(ModelConfig.from_hf("chatglm3-6b/config.json")); logits = net(ms.Tensor([[64790, 64792]], ms.int32))
 """
@@ -16,6 +17,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
 from glm3kit.config import ModelConfig
+from glm3kit.parallel import ALONE, CopyToSlices, GatherSlices, Slicing, SumOfSlices, Topology
 
 IGNORE_INDEX = -100  # a label that carries no loss
 MASKED = -65504.0  # added to a score that must not count: the lowest float16
@@ -41,6 +43,27 @@ def rotation_matrix(kv_channels: int) -> np.ndarray:
     matrix[even + 1, even] = -1
     matrix[even, even + 1] = 1
     return matrix
+
+
+def slicing(name: str, cfg: ModelConfig) -> Slicing | None:
+    """How tensor parallelism cuts a parameter, None for one that every rank holds whole.
+
+    The matrices that enter attention and MLP are cut by their outputs (whole heads, whole gate/up columns), those that
+    leave by their inputs, embedding and output layer by words.
+    """
+    head, ffn = cfg.kv_channels, cfg.ffn_hidden_size
+    queries, keys = cfg.num_attention_heads * head, cfg.multi_query_group_num * head
+    if "query_key_value" in name:
+        return Slicing(0, (queries, keys, keys))
+    if "dense_h_to_4h" in name:
+        return Slicing(0, (ffn, ffn))
+    if "self_attention.dense" in name:
+        return Slicing(1, (queries,))
+    if "dense_4h_to_h" in name:
+        return Slicing(1, (ffn,))
+    if "embedding_table" in name or "output_layer" in name:
+        return Slicing(0, (cfg.padded_vocab_size,))
+    return None
 
 
 class RMSNorm(nn.Cell):
@@ -77,12 +100,16 @@ class Linear(nn.Cell):
 class SelfAttention(nn.Cell):
     """Causal attention: H query heads share G key/value groups; query head h uses group h // (H/G).
 
-    With a cache, keys and values are written to its slots and attention looks at all S slots that the mask allows.
+    Under tensor parallelism H and G are this rank's. With a cache, keys and values are written to its slots, and
+    attention looks at all S slots that the mask allows.
     """
 
-    def __init__(self, cfg: ModelConfig, depth_scale: float):
+    def __init__(self, cfg: ModelConfig, topology: Topology, depth_scale: float):
         super().__init__()
-        self.heads, self.groups, self.size = cfg.num_attention_heads, cfg.multi_query_group_num, cfg.kv_channels
+        self.heads = cfg.num_attention_heads // topology.tensor_parallel
+        self.groups = cfg.multi_query_group_num // topology.tensor_parallel
+        self.size = cfg.kv_channels
+        self.copy, self.sum = CopyToSlices(topology), SumOfSlices(topology)
         self.query_key_value = Linear(cfg.hidden_size, (self.heads + 2 * self.groups) * self.size, cfg, bias=True)
         self.dense = Linear(self.heads * self.size, cfg.hidden_size, cfg, scale=depth_scale)
         self.rotation = Tensor(rotation_matrix(self.size), getattr(ms, cfg.compute_dtype))
@@ -96,7 +123,7 @@ class SelfAttention(nn.Cell):
                   slots: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
         H, G, d = self.heads, self.groups, self.size
-        qkv = self.query_key_value(x.reshape(B * T, C)).reshape(B, T, H + 2 * G, d)
+        qkv = self.query_key_value(self.copy(x).reshape(B * T, C)).reshape(B, T, H + 2 * G, d)
         qk, v = ops.split(qkv, [H + G, G], 2)
         turned = ops.matmul(qk.reshape(-1, d), self.rotation).reshape(B, T, H + G, d)
         qk = qk * cos + turned * sin  # cos and sin: (B or 1, T, 1, d)
@@ -111,35 +138,36 @@ class SelfAttention(nn.Cell):
         probs = self.softmax(scores).astype(x.dtype).reshape(B, G, H // G * T, -1)
         y = self.values(probs, v)  # (B, G, H/G * T, d)
         y = y.reshape(B, G, H // G, T, d).transpose(0, 3, 1, 2, 4).reshape(B * T, H * d)
-        return self.dense(y).reshape(B, T, C)
+        return self.sum(self.dense(y)).reshape(B, T, C)
 
 
 class MLP(nn.Cell):
     """SwiGLU: silu(gate) * up, with gate and up in one matrix (https://arxiv.org/abs/2002.05202)."""
 
-    def __init__(self, cfg: ModelConfig, depth_scale: float):
+    def __init__(self, cfg: ModelConfig, topology: Topology, depth_scale: float):
         super().__init__()
-        self.ffn_size = cfg.ffn_hidden_size
-        self.dense_h_to_4h = Linear(cfg.hidden_size, 2 * cfg.ffn_hidden_size, cfg)
-        self.dense_4h_to_h = Linear(cfg.ffn_hidden_size, cfg.hidden_size, cfg, scale=depth_scale)
+        self.ffn_size = cfg.ffn_hidden_size // topology.tensor_parallel
+        self.copy, self.sum = CopyToSlices(topology), SumOfSlices(topology)
+        self.dense_h_to_4h = Linear(cfg.hidden_size, 2 * self.ffn_size, cfg)
+        self.dense_4h_to_h = Linear(self.ffn_size, cfg.hidden_size, cfg, scale=depth_scale)
 
     def construct(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
-        gate, up = ops.split(self.dense_h_to_4h(x.reshape(B * T, C)), self.ffn_size, 1)  # (B*T, F) each
-        return self.dense_4h_to_h(ops.silu(gate) * up).reshape(B, T, C)
+        gate, up = ops.split(self.dense_h_to_4h(self.copy(x).reshape(B * T, C)), self.ffn_size, 1)  # (B*T, F) each
+        return self.sum(self.dense_4h_to_h(ops.silu(gate) * up)).reshape(B, T, C)
 
 
 class Layer(nn.Cell):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, topology: Topology):
         super().__init__()
         dtype = getattr(ms, cfg.param_dtype)
         depth_scale = 1 / sqrt(2 * cfg.num_layers)  # keeps the sum of all layers' outputs at unit size (GPT-2)
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.layernorm_epsilon, dtype)
-        self.self_attention = SelfAttention(cfg, depth_scale)
+        self.self_attention = SelfAttention(cfg, topology, depth_scale)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.layernorm_epsilon, dtype)
-        self.mlp = MLP(cfg, depth_scale)
+        self.mlp = MLP(cfg, topology, depth_scale)
 
     def construct(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: tuple | None = None,
                   slots: Tensor | None = None) -> Tensor:
@@ -148,25 +176,32 @@ class Layer(nn.Cell):
 
 
 class Embedding(nn.Cell):
-    """Rows of the embedding table in the computing type: (B, T) -> (B, T, C)."""
+    """Rows of the embedding table in the computing type: (B, T) -> (B, T, C); each rank holds a slice of the words."""
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, topology: Topology):
         super().__init__()
-        shape = (cfg.padded_vocab_size, cfg.hidden_size)
-        self.embedding_table = Parameter(initializer(Normal(0.02), shape, getattr(ms, cfg.param_dtype)),
-                                         "embedding_table")
+        self.words = cfg.padded_vocab_size // topology.tensor_parallel
+        self.first = topology.tensor_rank * self.words
+        self.embedding_table = Parameter(initializer(Normal(0.02), (self.words, cfg.hidden_size),
+                                                     getattr(ms, cfg.param_dtype)), "embedding_table")
         self.dtype = getattr(ms, cfg.compute_dtype)
+        self.whole, self.sum = topology.tensor_parallel == 1, SumOfSlices(topology)
 
     def construct(self, input_ids: Tensor) -> Tensor:
-        return ops.gather(self.embedding_table, input_ids, 0).astype(self.dtype)
+        if self.whole:
+            return ops.gather(self.embedding_table, input_ids, 0).astype(self.dtype)
+        local = input_ids - self.first
+        ours = ops.logical_and(local >= 0, local < self.words)
+        rows = ops.gather(self.embedding_table, ops.select(ours, local, ops.zeros_like(local)), 0).astype(self.dtype)
+        return self.sum(rows * ours.astype(self.dtype).expand_dims(-1))
 
 
 class Encoder(nn.Cell):
     """All layers and the final norm."""
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, topology: Topology):
         super().__init__()
-        self.layers = nn.CellList([Layer(cfg) for _ in range(cfg.num_layers)])
+        self.layers = nn.CellList([Layer(cfg, topology) for _ in range(cfg.num_layers)])
         self.final_layernorm = RMSNorm(cfg.hidden_size, cfg.layernorm_epsilon, getattr(ms, cfg.param_dtype))
 
     def construct(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, caches: tuple | None = None,
@@ -179,52 +214,69 @@ class Encoder(nn.Cell):
 class Transformer(nn.Cell):
     """Embedding, encoder and output layer: the parts that hold parameters."""
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, topology: Topology):
         super().__init__()
-        self.embedding = Embedding(cfg)
-        self.encoder = Encoder(cfg)
-        self.output_layer = Linear(cfg.hidden_size, cfg.padded_vocab_size, cfg)
+        self.embedding = Embedding(cfg, topology)
+        self.encoder = Encoder(cfg, topology)
+        self.output_layer = Linear(cfg.hidden_size, cfg.padded_vocab_size // topology.tensor_parallel, cfg)
 
 
 class CrossEntropySum(nn.Cell):
-    """Sum of -log softmax(logits)[label] over the rows whose label counts: (N, V) float32, (N,) int32 -> scalar.
+    """Sum of -log softmax(logits)[label] over the rows whose label counts.
 
-    The gradient is written out: softmax - one-hot on counted rows, with one softmax and no stored logarithms.
+    logits (N, V) float32, this rank's slice of the vocabulary; labels (N,) int32 of the whole
+    -> (scalar, log-sum-exp of the whole vocabulary (N,)). The gradient is written out, softmax - one-hot, so that
+    neither softmax nor logarithms are kept in memory.
     """
 
-    def __init__(self):
+    def __init__(self, topology: Topology):
         super().__init__()
+        self.rank, self.whole = topology.tensor_rank, topology.tensor_parallel == 1
+        self.gather, self.sum = GatherSlices(topology), SumOfSlices(topology)
         # Operators as attributes: calls of mindspore.ops functions do not compile inside a bprop.
-        self.log_softmax, self.softmax = ops.LogSoftmax(), ops.Softmax()
-        self.clip, self.one_hot, self.pick = ops.ReLU(), ops.OneHot(), ops.GatherD()
+        self.clip, self.one_hot, self.pick, self.exp = ops.ReLU(), ops.OneHot(), ops.GatherD(), ops.Exp()
         self.on, self.off = Tensor(1, ms.float32), Tensor(0, ms.float32)
 
-    def construct(self, logits: Tensor, labels: Tensor) -> Tensor:
-        counted = (labels != IGNORE_INDEX).astype(ms.float32)
-        picked = self.pick(self.log_softmax(logits), 1, self.clip(labels).reshape(-1, 1)).reshape(-1)
-        return -(picked * counted).sum()
+    def local(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels as columns of this rank's slice, and 1.0 where they lie in it."""
+        labels = labels - self.rank * logits.shape[1]
+        ours = (labels >= 0).astype(ms.float32) * (labels < logits.shape[1]).astype(ms.float32)
+        return (self.clip(labels).astype(ms.float32) * ours).astype(ms.int32), ours
 
-    def bprop(self, logits: Tensor, labels: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
-        counted = (labels != IGNORE_INDEX).astype(ms.float32) * dout
-        expected = self.one_hot(self.clip(labels), logits.shape[1], self.on, self.off)
-        return (self.softmax(logits) - expected) * counted.reshape(-1, 1), labels
+    def construct(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        total = self.gather(ops.logsumexp(logits, 1, True))  # (N, ranks)
+        total = total.reshape(-1) if self.whole else ops.logsumexp(total, 1)
+        columns, ours = self.local(logits, labels)
+        picked = self.sum(self.pick(logits, 1, columns.reshape(-1, 1)).reshape(-1) * ours)
+        return ((total - picked) * (labels != IGNORE_INDEX).astype(ms.float32)).sum(), total
+
+    def bprop(self, logits: Tensor, labels: Tensor, out: tuple, dout: tuple) -> tuple[Tensor, Tensor]:
+        counted = (labels != IGNORE_INDEX).astype(ms.float32) * dout[0]
+        columns, ours = self.local(logits, labels)
+        expected = self.one_hot(columns, logits.shape[1], self.on, self.off)
+        if not self.whole:
+            expected = expected * ours.reshape(-1, 1)
+        return (self.exp(logits - out[1].reshape(-1, 1)) - expected) * counted.reshape(-1, 1), labels
 
 
 class ChatGLM3(nn.Cell):
     """The language model: input_ids (B, T) int32 -> logits (B, T, V) float32.
 
-    cfg: sizes and types. Parameters start random (normal, 0.02); `load_weights` fills them.
+    cfg: sizes and types. topology: this process's place where several share the model.
+    Parameters start random (normal, 0.02); `load_weights` fills them.
     Raises ValueError if T exceeds cfg.seq_length.
     """
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, topology: Topology = ALONE):
         super().__init__()
-        self.cfg = cfg
-        self.transformer = Transformer(cfg)
+        self.cfg, self.topology = cfg, topology
+        self.transformer = Transformer(cfg, topology)
         cos, sin = rotary_tables(cfg.seq_length, cfg.kv_channels)
         dtype = getattr(ms, cfg.compute_dtype)  # the reference keeps its tables in the model's type
         self.cos, self.sin = Tensor(cos, dtype), Tensor(sin, dtype)
-        self.cross_entropy = CrossEntropySum()
+        self.copy, self.gather = CopyToSlices(topology), GatherSlices(topology)
+        self.cross_entropy = CrossEntropySum(topology)
+        self.decoders: dict[int, list[nn.Cell]] = {}  # idle kv caches of `generate`, by batch size
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Output of the final norm (B, T, C); attention_mask (B, T) int32 holds 0 where a row is padded on the left."""
@@ -240,15 +292,19 @@ class ChatGLM3(nn.Cell):
         cos, sin = self.cos[:T].reshape(1, T, 1, -1), self.sin[:T].reshape(1, T, 1, -1)
         return self.transformer.encoder(self.transformer.embedding(input_ids), cos, sin, mask)
 
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states (N, C) -> this rank's slice of the logits (N, V / ranks) in float32."""
+        return self.transformer.output_layer(self.copy(x)).astype(ms.float32)
+
     def construct(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         x = self.hidden(input_ids, attention_mask)
         B, T, C = x.shape
-        return self.transformer.output_layer(x.reshape(B * T, C)).astype(ms.float32).reshape(B, T, -1)
+        return self.gather(self.logits(x.reshape(B * T, C))).reshape(B, T, -1)
 
     def loss_sum(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """Summed loss over the labels that count; labels are shifted: labels[i] is the token after input_ids[i]."""
-        logits = self.construct(input_ids)
-        return self.cross_entropy(logits.reshape(-1, self.cfg.padded_vocab_size), labels.reshape(-1))
+        x = self.hidden(input_ids)
+        return self.cross_entropy(self.logits(x.reshape(-1, x.shape[-1])), labels.reshape(-1))[0]
 
     def loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """Mean loss over the labels that count, a scalar; labels (B, T) int32 are shifted, -100 is ignored."""

@@ -1,8 +1,11 @@
-"""Several processes as one: who is who, and the collectives that share gradients and optimizer state.
+"""Several processes as one: who is who, and the collectives between them.
 
-Data parallel with sharded optimizer state (ZeRO, https://arxiv.org/abs/1910.02054): every rank holds all weights, but the
-optimizer state of only its shard of each parameter. A shard is a slice of the flattened parameter, padded so that all
-ranks have the same size. On CPU, MCCL has no reduce-scatter: an all-reduce and a slice take its place.
+Tensor parallel (https://arxiv.org/abs/1909.08053): ranks that share a layer's matrices; each holds a slice, and the
+same rows of data pass through all. Data parallel with sharded optimizer state (ZeRO, https://arxiv.org/abs/1910.02054):
+ranks that hold the same slice and see different rows; each keeps the optimizer state of a shard, a piece of every
+flattened parameter.
+
+On CPU, MCCL sums over any group but scatters over none and gathers over all ranks only: sums take their places.
 
     topology = start_processes(config.parallel)
 """
@@ -13,7 +16,7 @@ from dataclasses import dataclass
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
-from mindspore.communication import GlobalComm, get_group_size, get_rank, init
+from mindspore.communication import GlobalComm, create_group, get_group_size, get_rank, init
 
 from glm3kit.config import ParallelConfig
 from glm3kit.errors import ConfigError
@@ -21,10 +24,25 @@ from glm3kit.errors import ConfigError
 
 @dataclass(frozen=True)
 class Topology:
-    """Which rank this process is, of how many that train on different rows."""
+    """The place of a rank: rank = data_rank * tensor_parallel + tensor_rank."""
 
     rank: int = 0
     data_parallel: int = 1
+    tensor_parallel: int = 1
+    data_group: str = ""  # of the ranks with the same slices
+    tensor_group: str = ""  # of the ranks with the same rows
+
+    @property
+    def ranks(self) -> int:
+        return self.data_parallel * self.tensor_parallel
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.tensor_parallel
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.rank % self.tensor_parallel
 
 
 ALONE = Topology()
@@ -35,52 +53,59 @@ def start_processes(config: ParallelConfig) -> Topology:
 
     Raises ConfigError if their number is not the one the configuration asks for.
     """
+    launched = int(os.environ.get("RANK_SIZE", "1"))
+    if launched != config.ranks:
+        raise ConfigError(f"the configuration asks for data_parallel {config.data_parallel} x tensor_parallel "
+                          f"{config.tensor_parallel} = {config.ranks} process(es), {launched} started; "
+                          "start it with `glm3kit launch`, or change the numbers under parallel")
     if config.device_target != "auto":
         ms.set_device(config.device_target)
-    if int(os.environ.get("RANK_SIZE", "1")) > 1:
-        init()
-        rank, ranks = get_rank(), get_group_size()
-    else:
-        rank, ranks = 0, 1
-    if ranks != config.data_parallel:
-        raise ConfigError(f"parallel.data_parallel is {config.data_parallel}, but {ranks} process(es) were started; "
-                          "start as many as the configuration asks for, or change data_parallel")
-    return Topology(rank, ranks)
+    if launched == 1:
+        return ALONE
+    init()
+    assert get_group_size() == launched, "RANK_SIZE and the process group agree"
+    rank, data, tensor = get_rank(), config.data_parallel, config.tensor_parallel
+    world = GlobalComm.WORLD_COMM_GROUP
+    if tensor == 1 or data == 1:
+        return Topology(rank, data, tensor, world, world)
+    # Every process makes its own two groups; their names hold the first rank, which no other group of the kind has.
+    first, column = rank - rank % tensor, rank % tensor
+    create_group(f"tensor-{first}", list(range(first, first + tensor)))
+    create_group(f"data-{column}", list(range(column, config.ranks, tensor)))
+    return Topology(rank, data, tensor, f"data-{column}", f"tensor-{first}")
 
 
-def shard_size(size: int, ranks: int) -> int:
-    """Values of a flattened parameter that each of `ranks` holds; the last shard may end in padding."""
-    return -(-size // ranks)
+def barrier(topology: Topology) -> None:
+    """Wait until every rank is here."""
+    if topology.ranks > 1:
+        ops.AllReduce()(Tensor(np.zeros(1, np.float32))).asnumpy()
 
+
+def on_ascend() -> bool:
+    """Whether this process computes on Ascend, where all collectives exist."""
+    return ms.get_context("device_target") == "Ascend"
+
+
+# ---- shards of optimizer state, over the ranks of data parallelism ----
 
 def shard_of(values: np.ndarray, rank: int, ranks: int) -> np.ndarray:
-    """The shard of one rank: any shape -> (shard_size,), padded with zeros."""
-    flat = np.zeros(shard_size(values.size, ranks) * ranks, values.dtype)
+    """The shard of one rank: any shape -> (ceil(size / ranks),), the last padded with zeros; alone, the whole array."""
+    if ranks == 1:
+        return values
+    size = -(-values.size // ranks)
+    flat = np.zeros(size * ranks, values.dtype)
     flat[:values.size] = values.reshape(-1)
-    return flat.reshape(ranks, -1)[rank]
-
-
-class AllReduce(nn.Cell):
-    """Sum over all ranks; nothing to do for one."""
-
-    def __init__(self, topology: Topology):
-        super().__init__()
-        self.alone = topology.data_parallel == 1
-        self.all_reduce = None if self.alone else ops.AllReduce()
-
-    def construct(self, x: Tensor) -> Tensor:
-        return x if self.alone else self.all_reduce(x)
+    return flat[rank * size:(rank + 1) * size]
 
 
 class ReduceScatter(nn.Cell):
-    """Sum a gradient over all ranks and keep this rank's shard: any shape -> (shard_size,); alone, the gradient."""
+    """Sum a gradient over the data group and keep this rank's shard, as `shard_of` cuts it."""
 
     def __init__(self, topology: Topology):
         super().__init__()
-        self.rank, self.ranks = topology.rank, topology.data_parallel
-        self.native = ms.get_context("device_target") == "Ascend"
+        self.rank, self.ranks, self.native = topology.data_rank, topology.data_parallel, on_ascend()
         if self.ranks > 1:
-            self.collective = ops.ReduceScatter() if self.native else ops.AllReduce()
+            self.collective = (ops.ReduceScatter if self.native else ops.AllReduce)(group=topology.data_group)
 
     def construct(self, gradient: Tensor) -> Tensor:
         if self.ranks == 1:
@@ -90,23 +115,114 @@ class ReduceScatter(nn.Cell):
         padding = size * self.ranks - flat.shape[0]
         if padding:
             flat = ops.concat((flat, ops.zeros(padding, flat.dtype)))
-        if self.native:
-            return self.collective(flat)
-        return self.collective(flat)[self.rank * size:(self.rank + 1) * size]
+        summed = self.collective(flat)
+        return summed if self.native else summed[self.rank * size:(self.rank + 1) * size]
 
 
 class AllGather(nn.Cell):
-    """Put the shards of all ranks together: (shard_size,) -> the given shape; alone, the shard is the parameter."""
+    """Put the shards of the data group together again: (shard size,) -> shape; alone, the shard is the array."""
 
     def __init__(self, topology: Topology):
         super().__init__()
-        self.alone = topology.data_parallel == 1
-        self.all_gather = None if self.alone else ops.AllGather(GlobalComm.WORLD_COMM_GROUP)
+        self.rank, self.ranks = topology.data_rank, topology.data_parallel
+        self.native = on_ascend() or topology.tensor_parallel == 1
+        if self.ranks > 1:
+            self.collective = (ops.AllGather if self.native else ops.AllReduce)(group=topology.data_group)
 
     def construct(self, shard: Tensor, shape: tuple[int, ...]) -> Tensor:
-        if self.alone:
+        if self.ranks == 1:
             return shard
+        if not self.native:
+            before = ops.zeros(self.rank * shard.shape[0], shard.dtype)
+            after = ops.zeros((self.ranks - 1 - self.rank) * shard.shape[0], shard.dtype)
+            shard = ops.concat((before, shard, after))
         size = 1
         for length in shape:
             size *= length
-        return self.all_gather(shard)[:size].reshape(shape)
+        return self.collective(shard)[:size].reshape(shape)
+
+
+class WorldSum(nn.Cell):
+    """Sum over all ranks."""
+
+    def __init__(self, topology: Topology):
+        super().__init__()
+        self.alone = topology.ranks == 1
+        self.collective = None if self.alone else ops.AllReduce()
+
+    def construct(self, x: Tensor) -> Tensor:
+        return x if self.alone else self.collective(x)
+
+
+# ---- slices of a layer, over the ranks of tensor parallelism ----
+
+@dataclass(frozen=True)
+class Slicing:
+    """How a parameter is cut for tensor parallelism: along `axis`, each of the `segments` (their lengths) on its own.
+
+    Fused matrices have several segments: a slice of query_key_value holds some heads of each of q, k and v.
+    """
+
+    axis: int
+    segments: tuple[int, ...]
+
+    def part(self, values: np.ndarray, rank: int, ranks: int) -> np.ndarray:
+        """The slice of one of `ranks` ranks."""
+        starts = np.cumsum((0, *self.segments[:-1]))
+        take = [slice(start + rank * length // ranks, start + (rank + 1) * length // ranks)
+                for start, length in zip(starts, self.segments, strict=True)]
+        parts = [values[s] if self.axis == 0 else values[:, s] for s in take]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, self.axis)
+
+    def whole(self, parts: list[np.ndarray]) -> np.ndarray:
+        """Put the slices of all ranks together again."""
+        ends = np.cumsum([length // len(parts) for length in self.segments])[:-1]
+        by_segment = zip(*(np.split(part, ends, self.axis) for part in parts), strict=True)
+        return np.concatenate([piece for segment in by_segment for piece in segment], self.axis)
+
+
+class CopyToSlices(nn.Cell):
+    """Before a column-parallel matrix: the same input for every slice; their gradients add up."""
+
+    def __init__(self, topology: Topology):
+        super().__init__()
+        self.alone = topology.tensor_parallel == 1
+        self.collective = None if self.alone else ops.AllReduce(group=topology.tensor_group)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return x
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        return (dout if self.alone else self.collective(dout),)
+
+
+class SumOfSlices(nn.Cell):
+    """After a row-parallel matrix: the slices' outputs add up; the gradient is the same for every slice."""
+
+    def __init__(self, topology: Topology):
+        super().__init__()
+        self.alone = topology.tensor_parallel == 1
+        self.collective = None if self.alone else ops.AllReduce(group=topology.tensor_group)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return x if self.alone else self.collective(x)
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        return (dout,)
+
+
+class GatherSlices(nn.Cell):
+    """Each rank's x (..., n) side by side: (..., n * ranks), without a gradient."""
+
+    def __init__(self, topology: Topology):
+        super().__init__()
+        self.rank, self.ranks = topology.tensor_rank, topology.tensor_parallel
+        self.collective = None if self.ranks == 1 else ops.AllReduce(group=topology.tensor_group)
+
+    def construct(self, x: Tensor) -> Tensor:
+        if self.ranks == 1:
+            return x
+        parts = ()
+        for rank in range(self.ranks):  # zeros but for our place, summed
+            parts += (x if rank == self.rank else ops.zeros_like(x),)
+        return self.collective(ops.concat(parts, -1))

@@ -1,7 +1,7 @@
 """Training: schedule, AdamW on shards, the step as one compiled graph, and the loop.
 
 The loss of a step is the sum over all labels that count, of all ranks and micro-steps, divided by their number, so that
-the curve does not depend on how the rows are laid out. AdamW is torch's (https://arxiv.org/abs/1711.05101), bias corrected.
+the curve does not depend on how the rows are laid out. AdamW is torch's, bias corrected (https://arxiv.org/abs/1711.05101).
 
     history = fit(net, batches, TrainConfig(learning_rate=1e-3, total_steps=20))
 """
@@ -15,10 +15,15 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from glm3kit.config import TrainConfig
-from glm3kit.errors import DataError, JobError
-from glm3kit.model import IGNORE_INDEX, ChatGLM3
-from glm3kit.parallel import ALONE, AllGather, AllReduce, ReduceScatter, Topology, shard_of
+from glm3kit.checkpoint import STRATEGY, load_checkpoint, newest_checkpoint, save_checkpoint, write_strategy
+from glm3kit.config import RunConfig, TrainConfig
+from glm3kit.data import prepare_data
+from glm3kit.errors import CheckpointError, DataError, JobError
+from glm3kit.metrics import MetricsWriter, format_step_line
+from glm3kit.model import IGNORE_INDEX, ChatGLM3, slicing
+from glm3kit.parallel import ALONE, AllGather, ReduceScatter, Topology, WorldSum, barrier, shard_of, start_processes
+from glm3kit.token_file import Batches
+from glm3kit.weights import fill_parameters, load_weights, random_weights
 
 Batch = tuple[np.ndarray, np.ndarray]  # input_ids and labels, (B, T) int32 each
 
@@ -88,17 +93,21 @@ class Gradients(nn.Cell):
 
 
 class Totals(nn.Cell):
-    """What all ranks agree on: (gradient shards, [loss sum, count], scale) -> [mean loss, gradient norm, count]."""
+    """What all ranks agree on: (gradient shards, [loss sum, count], scale) -> [mean loss, gradient norm, count].
 
-    def __init__(self, topology: Topology):
-        super().__init__()
-        self.all_reduce = AllReduce(topology)
+    What the ranks of tensor parallelism hold alike (loss, count, the norms' gradients) is counted once.
+    """
+
+    def __init__(self, net: ChatGLM3, topology: Topology):
+        super().__init__(auto_prefix=False)
+        self.world_sum, self.copies = WorldSum(topology), topology.tensor_parallel
+        self.weights = tuple(1.0 if slicing(p.name, net.cfg) else 1 / self.copies for p in net.trainable_params())
 
     def construct(self, shards: tuple, sums: Tensor, scale: Tensor) -> Tensor:
         square = ops.zeros(1, ms.float32)
-        for shard in shards:
-            square += ops.square(shard).sum()
-        totals = self.all_reduce(ops.concat((sums, square)))
+        for i in range(len(shards)):
+            square += ops.square(shards[i]).sum() * self.weights[i]
+        totals = self.world_sum(ops.concat((sums / self.copies, square)))
         count = ops.maximum(totals[1], 1.0)
         return ops.stack((totals[0] / count, ops.sqrt(totals[2]) / (count * scale), count))
 
@@ -116,9 +125,7 @@ class AdamW(nn.Cell):
         self.whole = topology.data_parallel == 1 and net.cfg.param_dtype == "float32"
         masters, averages, squares = [], [], []
         for parameter in self.parameters:
-            values = parameter.float().asnumpy()
-            if topology.data_parallel > 1:
-                values = shard_of(values, topology.rank, topology.data_parallel)
+            values = shard_of(parameter.float().asnumpy(), topology.data_rank, topology.data_parallel)
             masters.append(parameter if self.whole else Parameter(Tensor(values), f"master.{parameter.name}"))
             averages.append(Parameter(Tensor(np.zeros_like(values)), f"exp_avg.{parameter.name}"))
             squares.append(Parameter(Tensor(np.zeros_like(values)), f"exp_avg_sq.{parameter.name}"))
@@ -126,6 +133,10 @@ class AdamW(nn.Cell):
         self.decays = tuple(config.weight_decay if decays(p.name) else 0.0 for p in self.parameters)
         self.beta1, self.beta2 = config.betas
         self.update, self.gather, self.assign = ops.AdamWeightDecay(), AllGather(topology), ops.Assign()
+
+    def state(self) -> list[Parameter]:
+        """What a checkpoint holds besides the weights."""
+        return [*(() if self.whole else self.masters), *self.averages, *self.squares]
 
     def construct(self, shards: tuple, factor: Tensor, rate: Tensor, eps: Tensor, decay: Tensor) -> Tensor:
         """Multiply the summed gradients by `factor` and update; rate, eps and decay come from `bias_corrected`."""
@@ -217,7 +228,7 @@ class Trainer:
         net.set_train()
         self.config, self.total_steps, self.step = config, total_steps, 0
         self.scale = LossScale(config.loss_scale)
-        gradients, totals = Gradients(net, topology), Totals(topology)
+        gradients, totals = Gradients(net, topology), Totals(net, topology)
         self.optimizer = AdamW(net, config, topology)
         # One graph where nothing can keep the update from happening; else the host decides between two.
         self.fused = config.gradient_accumulation_steps == 1 and config.loss_scale is None
@@ -226,6 +237,20 @@ class Trainer:
         else:
             self.accumulate = Accumulate(gradients, totals, self.optimizer)
             self.update = Update(self.accumulate, self.optimizer, config.max_grad_norm)
+
+    def state(self) -> dict:
+        """Where training stands, besides weights and optimizer state."""
+        return {"step": self.step, "total_steps": self.total_steps, "loss_scale": self.scale.value,
+                "good_steps": self.scale.good_steps}
+
+    def load_state(self, state: dict) -> None:
+        """Go on where `state` was taken; raises CheckpointError if the schedule was another."""
+        if state["total_steps"] != self.total_steps:
+            raise CheckpointError(f"the checkpoint is of a run of {state['total_steps']} steps, this one has "
+                                  f"{self.total_steps}, so the schedule would jump; continue with the same "
+                                  "train.total_steps, train.epochs and data")
+        self.step = state["step"]
+        self.scale.value, self.scale.good_steps = state["loss_scale"], state["good_steps"]
 
     def advance(self, batches: list[Batch]) -> dict:
         """One step over gradient_accumulation_steps micro-batches -> its record.
@@ -259,6 +284,25 @@ class Trainer:
         return record
 
 
+def run_steps(trainer: Trainer, batches: Iterable[Batch],
+              on_step: Callable[[dict, Trainer], None] | None = None) -> list[dict]:
+    """Advance a trainer to its last step; one record a step.
+
+    Raises DataError if the batches end before, JobError if the loss is no finite number.
+    """
+    history, source, size = [], iter(batches), trainer.config.gradient_accumulation_steps
+    while trainer.step < trainer.total_steps:
+        micro_batches = list(islice(source, size))
+        if len(micro_batches) < size:
+            raise DataError(f"the batches ended after step {trainer.step} of {trainer.total_steps}; "
+                            "lower total_steps or give more rows")
+        record = trainer.advance(micro_batches)
+        history.append(record)
+        if on_step:
+            on_step(record, trainer)
+    return history
+
+
 def fit(net: ChatGLM3, batches: Iterable[Batch], config: TrainConfig, *, topology: Topology = ALONE,
         on_step: Callable[[dict, Trainer], None] | None = None) -> list[dict]:
     """Train `net` in place; one record a step.
@@ -266,24 +310,59 @@ def fit(net: ChatGLM3, batches: Iterable[Batch], config: TrainConfig, *, topolog
     batches: (input_ids, labels) int32 arrays (B, T) of this rank, labels shifted; gradient_accumulation_steps of them
         make a step. config.total_steps: where to stop, by default when they end (then they must have a length).
     on_step: called with each record and the trainer.
-    Returns dicts with step, loss, learning_rate, grad_norm, overflow, loss_scale, step_time_ms.
+    Returns dicts with step, loss, learning_rate, grad_norm, overflow, loss_scale, step_time_ms and more.
     Raises DataError if the batches end before total_steps, JobError if the loss is no finite number.
     Example: fit(net, [(ids, labels)] * 20, TrainConfig(learning_rate=1e-3, total_steps=20))
     """
     total_steps = config.total_steps
     if total_steps is None:
         if not hasattr(batches, "__len__"):
-            raise DataError("fit: batches have no length and total_steps is not set; set TrainConfig(total_steps=...)")
+            raise DataError("fit: batches have no length and total_steps is not set; give TrainConfig a total_steps")
         total_steps = len(batches) // config.gradient_accumulation_steps
-    trainer = Trainer(net, config, total_steps, topology)
-    history, source = [], iter(batches)
-    while trainer.step < total_steps:
-        micro_batches = list(islice(source, config.gradient_accumulation_steps))
-        if len(micro_batches) < config.gradient_accumulation_steps:
-            raise DataError(f"fit: the batches ended after step {trainer.step} of {total_steps}; "
-                            "lower total_steps or raise epochs")
-        record = trainer.advance(micro_batches)
-        history.append(record)
-        if on_step:
-            on_step(record, trainer)
-    return history
+    return run_steps(Trainer(net, config, total_steps, topology), batches, on_step)
+
+
+def run_rank(config: RunConfig, resume: bool = False) -> list[dict]:
+    """Train as one rank of the run that `config` describes, with metrics and checkpoints in its folder.
+
+    Started once a device by `glm3kit launch`. resume: go on from the newest complete checkpoint.
+    """
+    train, job_dir = config.train, config.job_dir
+    topology = start_processes(config.parallel)
+    if topology.rank == 0:
+        prepare_data(config)  # the others then find the token file ready
+    barrier(topology)
+    tokens = prepare_data(config, progress=False)["train"]
+    rows = dict(batch_size=train.batch_size, seq_length=config.model.seq_length, seed=train.seed,
+                rank=topology.data_rank, ranks=topology.data_parallel)
+    epoch = Batches(tokens, **rows)
+    micro_steps = train.gradient_accumulation_steps
+    total_steps = train.total_steps or train.epochs * epoch.steps_per_epoch // micro_steps
+    epochs = math.ceil(total_steps * micro_steps / epoch.steps_per_epoch)
+
+    net = ChatGLM3(config.model, topology)
+    if config.model.checkpoint_name_or_path:
+        load_weights(net, config.model.checkpoint_name_or_path)
+    else:
+        print(f"model.checkpoint_name_or_path is not set: starting from random weights, seed {train.seed}")
+        fill_parameters(net, random_weights(config.model, train.seed))
+    trainer = Trainer(net, train, total_steps, topology)
+    if resume:
+        load_checkpoint(newest_checkpoint(job_dir), net, trainer, topology)
+    elif topology.rank == 0:
+        write_strategy(job_dir / STRATEGY, net, topology)
+    metrics = MetricsWriter(job_dir / "metrics.jsonl") if topology.rank == 0 else None
+
+    def on_step(record: dict, trainer: Trainer) -> None:
+        step = record["step"]
+        record["epoch"] = 1 + (step * micro_steps - 1) // epoch.steps_per_epoch
+        record["tokens_per_second"] = record["tokens"] / record["step_time_ms"] * 1000 * topology.data_parallel
+        if metrics:
+            metrics.write(record)
+        if step % train.log_steps == 0 or step == total_steps:
+            print(format_step_line(record, epochs, epoch.steps_per_epoch // micro_steps), flush=True)
+        if step == total_steps or (train.save_steps and step % train.save_steps == 0):
+            save_checkpoint(job_dir, net, trainer, topology, train.keep_checkpoints)
+
+    batches = Batches(tokens, **rows, epochs=epochs, start_step=trainer.step * micro_steps)
+    return run_steps(trainer, batches, on_step)

@@ -24,7 +24,7 @@ from glm3kit.safetensors_file import read_safetensors, write_safetensors
 from glm3kit.tensors import FLOATS, Tensors, TensorSpec, cast
 
 if TYPE_CHECKING:
-    from mindspore import nn
+    from glm3kit.model import ChatGLM3
 
 EMBEDDING = "transformer.embedding.embedding_table"
 OUTPUT = "transformer.output_layer.weight"
@@ -190,6 +190,34 @@ def _expected_shapes(path: Path, weights: Weights) -> tuple[dict[str, tuple[int,
     return {name: weights.specs[name].shape if name in weights else shape for name, shape in shapes.items()}, "ChatGLM3"
 
 
+def _check_destination(path: Path, force: bool) -> None:
+    if path.suffix not in (".ckpt", ".safetensors"):
+        raise CheckpointError(f"{path}: the name of the result says its form; end it with .ckpt or .safetensors")
+    if path.exists() and not force:
+        raise CheckpointError(f"{path}: exists already; give another name, or force=True to replace it")
+
+
+def write_weights(path: str | Path, tensors: Tensors, *, force: bool = False, progress: bool = True) -> Path:
+    """Write tensors to one .ckpt or .safetensors file, read one at a time, with a progress bar in bytes.
+
+    Raises CheckpointError for another suffix, and for a file that exists already unless `force` is set.
+    """
+    path = Path(path)
+    _check_destination(path, force)
+    with tqdm(total=tensors.nbytes, unit="B", unit_scale=True, desc=path.name, disable=not progress) as bar:
+        def read(name: str) -> np.ndarray:
+            array = tensors[name]
+            bar.update(array.nbytes)
+            return array
+
+        counted = Tensors(tensors.specs, read)
+        if path.suffix == ".ckpt":
+            write_ckpt(path, counted)
+        else:
+            write_safetensors(path, counted, {"format": "ms"})
+    return path
+
+
 def convert_weights(src: str | Path, dst: str | Path, to: str = "mindspore", dtype: str = "keep", *,
                     force: bool = False, progress: bool = True) -> Path:
     """Convert weights of any form that `read_weights` reads into one file with MindSpore's names.
@@ -207,65 +235,62 @@ def convert_weights(src: str | Path, dst: str | Path, to: str = "mindspore", dty
         raise CheckpointError(f"to={to!r}: weights are written as 'mindspore'")
     if dtype not in CASTS:
         raise CheckpointError(f"dtype={dtype!r}: expected one of {', '.join(CASTS)}")
-    if dst.suffix not in (".ckpt", ".safetensors"):
-        raise CheckpointError(f"{dst}: the name of the result says its form; end it with .ckpt or .safetensors")
-    if dst.exists() and not force:
-        raise CheckpointError(f"{dst}: exists already; give another name, or force=True to replace it")
+    _check_destination(dst, force)
     weights = read_weights(src)
     _check(src, weights.specs, *_expected_shapes(src, weights))
 
     def target(spec: TensorSpec) -> TensorSpec:
         return spec if dtype == "keep" or spec.dtype not in FLOATS else TensorSpec(dtype, spec.shape)
 
-    with tqdm(total=weights.nbytes, unit="B", unit_scale=True, desc=dst.name, disable=not progress) as bar:
-        def read(name: str) -> np.ndarray:
-            array = weights[name]
-            bar.update(weights.specs[name].nbytes)
-            return array if dtype == "keep" else cast(array, dtype, name)
+    def read(name: str) -> np.ndarray:
+        return weights[name] if dtype == "keep" else cast(weights[name], dtype, name)
 
-        tensors = Tensors({name: target(spec) for name, spec in weights.specs.items()}, read)
-        if dst.suffix == ".ckpt":
-            write_ckpt(dst, tensors)
-        else:
-            write_safetensors(dst, tensors, {"format": "ms"})
-    return dst
+    tensors = Tensors({name: target(spec) for name, spec in weights.specs.items()}, read)
+    return write_weights(dst, tensors, force=force, progress=progress)
 
 
-def load_weights(net: "nn.Cell", path: str | Path) -> None:
+def load_weights(net: "ChatGLM3", path: str | Path) -> None:
     """Load weights of any form that `read_weights` reads into a model, cast to the types of its parameters.
 
-    net: a cell whose parameters have MindSpore's names, such as `ChatGLM3`.
+    Under tensor parallelism each rank takes its slices.
     Raises CheckpointError, before anything is loaded, with every parameter that is missing or of another shape and
     every surplus tensor.
     Example: load_weights(net, "chatglm3-6b")
     """
-    import mindspore as ms  # here, so that reading and converting weights need no MindSpore
-
     path = Path(path)
     weights = read_weights(path)
-    parameters = net.parameters_dict()
-    _check(path, weights.specs, {name: tuple(parameter.shape) for name, parameter in parameters.items()}, "the model")
-    for name, parameter in parameters.items():
+    _check(path, weights.specs, parameter_shapes(net.cfg), "the model")
+    fill_parameters(net, weights)
+
+
+def fill_parameters(net: "ChatGLM3", weights: Mapping[str, np.ndarray]) -> None:
+    """Set every parameter of a model to its (slice of a) whole tensor."""
+    import mindspore as ms  # here, so that reading and converting weights need no MindSpore
+
+    from glm3kit.model import slicing
+
+    topology = net.topology
+    for name, parameter in net.parameters_dict().items():
+        values, cut = weights[name], slicing(name, net.cfg)
+        if cut and topology.tensor_parallel > 1:
+            values = cut.part(values, topology.tensor_rank, topology.tensor_parallel)
         if parameter.dtype == ms.bfloat16:  # through float32, which holds every bfloat16
-            value = ms.Tensor(cast(weights[name], "float32", name)).astype(ms.bfloat16)
+            parameter.set_data(ms.Tensor(cast(values, "float32", name)).astype(ms.bfloat16))
         else:
-            value = ms.Tensor(cast(weights[name], str(parameter.dtype).lower(), name))
-        parameter.set_data(value)
+            parameter.set_data(ms.Tensor(cast(values, str(parameter.dtype).lower(), name)))
 
 
-def _random_weights(cfg: ModelConfig, seed: int) -> Tensors:
-    """Weights to start training from, under the published names, drawn when they are asked for."""
-    shapes = parameter_shapes(cfg)
-    specs = {hf_name(name): TensorSpec(cfg.param_dtype, shape) for name, shape in shapes.items()}
-    specs[INV_FREQ] = TensorSpec(cfg.param_dtype, (cfg.kv_channels // 4,))
+def random_weights(cfg: ModelConfig, seed: int) -> Tensors:
+    """Weights to start training from, with MindSpore's names, drawn when they are asked for.
+
+    Matrices are normal with deviation 0.02 (residual outputs less), norms one, biases zero, all in `cfg.param_dtype`.
+    """
+    specs = {name: TensorSpec(cfg.param_dtype, shape) for name, shape in parameter_shapes(cfg).items()}
     order = list(specs)
 
     def read(name: str) -> np.ndarray:
         shape = specs[name].shape
-        if name == INV_FREQ:  # half a head is rotated, in pairs
-            half = cfg.kv_channels // 2
-            values = 1 / 10000 ** (np.arange(0, half, 2) / half)
-        elif name.endswith("norm.weight"):
+        if name.endswith("norm.weight"):
             values = np.ones(shape)
         elif name.endswith(".bias"):
             values = np.zeros(shape)
@@ -283,8 +308,7 @@ def write_random_hub_weights(cfg: ModelConfig, folder: str | Path, seed: int = 0
                              tokenizer: str | Path | None = None, force: bool = False) -> Path:
     """Write random weights in the published hub form: config.json, two .safetensors shards with index, tokenizer.model.
 
-    Matrices are normal with deviation 0.02 (residual outputs less), norms one, biases zero, all in `cfg.param_dtype`;
-    the same seed gives the same files.
+    The weights are those of `random_weights`: the same seed gives the same files.
     tokenizer: a tokenizer.model to copy beside them.
     Raises CheckpointError if the folder holds weights already and `force` is not set.
     Example: write_random_hub_weights(load_config("configs/tiny.yaml").model, "output/hub", seed=0)
@@ -293,7 +317,12 @@ def write_random_hub_weights(cfg: ModelConfig, folder: str | Path, seed: int = 0
     if (folder / HUB_INDEX).exists() and not force:
         raise CheckpointError(f"{folder}: holds weights already; give another folder, or force=True to replace them")
     (folder / HUB_INDEX).unlink(missing_ok=True)  # written last: where it is, the weights are whole
-    tensors = _random_weights(cfg, seed)
+    weights = random_weights(cfg, seed)
+    half = cfg.kv_channels // 2  # half a head is rotated, in pairs
+    inv_freq = cast(1 / 10000 ** (np.arange(0, half, 2) / half), cfg.param_dtype)
+    specs = {hf_name(name): spec for name, spec in weights.specs.items()}
+    specs[INV_FREQ] = TensorSpec(cfg.param_dtype, inv_freq.shape)
+    tensors = Tensors(specs, lambda name: inv_freq if name == INV_FREQ else weights[mindspore_name(name)])
     weight_map, position = {}, 0
     for name, spec in tensors.specs.items():  # the second shard begins in the middle, counted in bytes
         shard = 1 + (2 * position >= tensors.nbytes)
