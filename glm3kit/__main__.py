@@ -39,16 +39,13 @@ def check(args: argparse.Namespace) -> int:
     """Check whether this machine is ready."""
     from dataclasses import asdict
 
-    from glm3kit.doctor import run_checks
+    from glm3kit.doctor import format_checks, run_checks
 
     checks = run_checks(_config(args) if args.config else None)
     if args.json:
-        _print_json([asdict(check) for check in checks])
+        _print_json([asdict(item) for item in checks])
     else:
-        for item in checks:
-            print(f"{item.state:<8} {item.name:<20} {item.finding}")
-            if item.next_step:
-                print(f"{'':<29} -> {item.next_step}")
+        print(format_checks(checks))
     return int(any(item.state == "failed" for item in checks))
 
 
