@@ -129,9 +129,12 @@ def logs(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Train as one rank; `launch` starts this on every device."""
+    from glm3kit.job import rank_process
     from glm3kit.train import run_rank
 
-    run_rank(_config(args))
+    config = _config(args)
+    with rank_process(config.job_dir):  # leaves the record that the job's verdict is taken from
+        run_rank(config)
     return 0
 
 
@@ -153,7 +156,7 @@ def merge(args: argparse.Namespace) -> int:
     """Merge the shards of a checkpoint into one file of weights."""
     from glm3kit.checkpoint import merge
 
-    path = merge(args.source, args.destination)
+    path = merge(args.source, args.destination, args.strategy, force=args.force)
     print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
     return 0
 
@@ -327,7 +330,9 @@ def parser() -> argparse.ArgumentParser:
 
     verb = _add(verbs, "merge", merge, "merge output/tiny merged.safetensors")
     verb.add_argument("source", metavar="JOB_OR_SHARDS", help="the folder of a job, or of one of its checkpoints")
-    verb.add_argument("destination", metavar="DST", help="the merged weights, named .safetensors")
+    verb.add_argument("destination", metavar="DST", help="the merged weights, named .safetensors or .ckpt")
+    verb.add_argument("--strategy", metavar="PATH", help="how the shards are sliced, where it is not beside them")
+    verb.add_argument("--force", action="store_true", help="replace an existing DST")
 
     verb = _add(verbs, "evaluate", evaluate, f"evaluate configs/tiny.yaml {weights}", config=True)
     verb.add_argument("--answers", metavar="FILE", help="write the rows with their answers, a JSON object a line")
