@@ -9,13 +9,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import glm3kit
 from glm3kit.config import RunConfig
 from glm3kit.errors import JobError, RankTableError
-from glm3kit.job import Job, end_processes, job_processes, last_lines, rank_process
+from glm3kit.job import LIVE, Job, end_processes, job_processes, last_lines, rank_process
 from glm3kit.rank_table import RankTable, ascend_cards, find_rank_table, local_rank_table, read_rank_table
 
 __all__ = ["Job", "launch", "rank_process"]
@@ -25,6 +26,7 @@ OTHER = ("log", "config.yaml", "rank_table.json")
 # Set by whoever started us, a platform or another msrun: msrun sets its own.
 FOREIGN = ("MS_ROLE", "MS_SCHED_HOST", "MS_SCHED_PORT", "MS_WORKER_NUM", "MS_NODE_ID", "RANK_ID", "RANK_SIZE",
            "DEVICE_ID", "RANK_TABLE_FILE")
+LOCK_S = 10  # for a supervisor that has written its verdict to be gone
 
 
 def choose_rank_table(config: RunConfig, given: RankTable | str | Path | None = None,
@@ -85,6 +87,14 @@ def rank_environment(table: RankTable, target: str, environ: Mapping[str, str] =
     return environment
 
 
+def _is_ending(folder: Path) -> bool:
+    """Whether the job in a folder has told how it ended: its supervisor is about to let the folder go."""
+    try:
+        return Job(folder).state()["state"] not in LIVE
+    except JobError:  # no job.json: another launch is about to start one
+        return False
+
+
 def _lock(folder: Path) -> int:
     """Take the folder for one job; the supervisor inherits the lock and the system frees it when that ends."""
     try:
@@ -92,15 +102,21 @@ def _lock(folder: Path) -> int:
         lock = os.open(folder / "job.lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as err:
         raise JobError(f"{folder}: cannot be written ({err}); set output_dir to a folder of yours") from err
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as err:
-        os.close(lock)
-        if isinstance(err, BlockingIOError):
+    deadline = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError as err:
+            if _is_ending(folder) and time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
+            os.close(lock)
             raise JobError(f"{folder}: a job is running here; Job.attach() finds it, its stop() ends it, "
                            "or give the run another name") from err
-        raise JobError(f"{folder}: no lock can be taken there ({err}); set output_dir to a local disk") from err
-    return lock
+        except OSError as err:
+            os.close(lock)
+            raise JobError(f"{folder}: no lock can be taken there ({err}); set output_dir to a local disk") from err
 
 
 def _clear(folder: Path, overwrite: bool) -> None:
