@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 BFLOAT16 = np.dtype("V2")
-DTYPES = {name: np.dtype(name).newbyteorder("<") for name in (
+# Through `str`, which leaves a byte order that is the machine's unsaid: MindSpore 2.7 takes no array that says it.
+DTYPES = {name: np.dtype(np.dtype(name).newbyteorder("<").str) for name in (
     "float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool")}
 DTYPES["bfloat16"] = BFLOAT16
 FLOATS = ("float64", "float32", "float16", "bfloat16")
