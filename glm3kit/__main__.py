@@ -196,10 +196,12 @@ def printable(text: str) -> str:
 
 def predict(args: argparse.Namespace) -> int:
     """Continue a prompt, in the form that ADGEN rows are trained in."""
+    from glm3kit.evaluate import answer_text
+
     net, tokenizer, options = _model(_config(args))
     prompt = tokenizer.encode(args.prompt)
     (output,) = net.generate([prompt], **options)
-    print(printable(tokenizer.decode([i for i in output[len(prompt):] if i not in tokenizer.stop_ids])))
+    print(printable(answer_text(output, prompt, tokenizer)))
     return 0
 
 

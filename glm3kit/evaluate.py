@@ -104,6 +104,15 @@ def rouge_bleu(predictions: Sequence[str], references: Sequence[str]) -> dict[st
     return {name: 100 * sum(score[name] for score in scores) / len(scores) for name in scores[0]}
 
 
+def answer_text(output: np.ndarray, prompt: Sequence[int], tokenizer: ChatGLM3Tokenizer) -> str:
+    """The text that follows the prompt in one row of `net.generate`, without the stop id.
+
+    Ids that only pad the vocabulary have no text and are left out: an untrained model makes them, too.
+    """
+    ids = [int(i) for i in output[len(prompt):]]
+    return tokenizer.decode([i for i in ids if i < tokenizer.vocab_size and i not in tokenizer.stop_ids])
+
+
 def predict_rows(net: "ChatGLM3", tokenizer: ChatGLM3Tokenizer, rows: Sequence[Mapping[str, Any]], config: RunConfig,
                  progress: bool = True) -> list[str]:
     """Greedy answers to the sources of ADGEN rows, `train.batch_size` rows at a time.
@@ -119,8 +128,7 @@ def predict_rows(net: "ChatGLM3", tokenizer: ChatGLM3Tokenizer, rows: Sequence[M
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             outputs = net.generate(batch, max_new_tokens=limit, eos_token_id=tokenizer.stop_ids)
-            for prompt, output in zip(batch, outputs, strict=True):
-                answers.append(tokenizer.decode([i for i in output[len(prompt):] if i not in tokenizer.stop_ids]))
+            answers += [answer_text(*pair, tokenizer) for pair in zip(outputs, batch, strict=True)]
             bar.update(len(batch))
     return answers
 

@@ -12,7 +12,15 @@ from mindspore import Tensor
 
 from glm3kit.config import DataConfig, GenerateConfig, ModelConfig, RunConfig, TrainConfig
 from glm3kit.errors import DataError
-from glm3kit.evaluate import attribute_coverage, attribute_values, evaluate, held_out_loss, predict_rows, rouge_bleu
+from glm3kit.evaluate import (
+    answer_text,
+    attribute_coverage,
+    attribute_values,
+    evaluate,
+    held_out_loss,
+    predict_rows,
+    rouge_bleu,
+)
 from glm3kit.tokenizer import ChatGLM3Tokenizer
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "glm3kit" / "tiny" / "tokenizer.model"
@@ -123,6 +131,12 @@ def test_answers_come_in_batches_in_order_and_end_before_the_stop_id(tokenizer, 
     net = ScriptedNet(tokenizer, {row["content"]: row["summary"] for row in ROWS}, stop_id)
     assert predict_rows(net, tokenizer, ROWS, config, progress=False) == [row["summary"] for row in ROWS]
     assert net.batches == [(2, 31, tokenizer.stop_ids), (1, 31, tokenizer.stop_ids)]
+
+
+def test_ids_that_only_pad_the_vocabulary_have_no_text(tokenizer):
+    prompt, answer = [1, 2, 3], tokenizer.encode("红色", add_special_tokens=False)
+    output = np.array([*prompt, tokenizer.vocab_size, *answer, 2047, tokenizer.eos_id], np.int32)
+    assert answer_text(output, prompt, tokenizer) == "红色"
 
 
 def test_max_new_tokens_of_the_configuration_limits_the_answers(tokenizer, config):
