@@ -41,7 +41,7 @@ STYLE = """<style>
 .glm3kit-table.glm3kit-table { border-collapse: collapse; color: inherit; font: inherit; }
 .glm3kit-table.glm3kit-table caption { text-align: left; font-weight: 600; padding: .3em 0; color: inherit; }
 .glm3kit-table.glm3kit-table :is(th, td) { text-align: left; vertical-align: top; padding: .25em .8em;
-  white-space: pre-wrap; overflow-wrap: anywhere; border-bottom: 1px solid var(--jp-border-color2, #c4c4c4); }
+  white-space: pre-wrap; overflow-wrap: break-word; border-bottom: 1px solid var(--jp-border-color2, #c4c4c4); }
 .glm3kit-table.glm3kit-table .glm3kit-number { text-align: right; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
 .glm3kit-strip.glm3kit-strip ol { display: flex; flex-wrap: wrap; gap: .5em; margin: .3em 0; padding: 0;
