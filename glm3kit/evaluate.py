@@ -22,6 +22,8 @@ from glm3kit.data import IGNORE_INDEX, Batches, prepare_data, read_rows
 from glm3kit.errors import DataError
 from glm3kit.tokenizer import ChatGLM3Tokenizer
 
+TOKENS_AT_ONCE = 8192  # of all rows that are answered together, each counted as a whole window
+
 if TYPE_CHECKING:
     from glm3kit.model import ChatGLM3
 
@@ -115,20 +117,22 @@ def answer_text(output: np.ndarray, prompt: Sequence[int], tokenizer: ChatGLM3To
 
 def predict_rows(net: "ChatGLM3", tokenizer: ChatGLM3Tokenizer, rows: Sequence[Mapping[str, Any]], config: RunConfig,
                  progress: bool = True) -> list[str]:
-    """Greedy answers to the sources of ADGEN rows, `train.batch_size` rows at a time.
+    """Greedy answers to the sources of ADGEN rows; TOKENS_AT_ONCE, or at least a training batch, go together.
 
     The prompt is the one trained on: [gMASK] sop and the source, cut to `data.max_source_length`. An answer ends at a
     stop id, after `generate.max_new_tokens` (else `data.max_target_length`) tokens, or where the window ends.
     """
-    data, batch_size = config.data, config.train.batch_size
+    data = config.data
+    at_once = min(max(config.train.batch_size, TOKENS_AT_ONCE // config.model.seq_length), len(rows))
     limit = config.generate.max_new_tokens or data.max_target_length
     prompts = [tokenizer.encode(row[data.origin_columns[0]], max_length=data.max_source_length) for row in rows]
     answers = []
     with tqdm(total=len(prompts), desc="answers", unit="row", disable=not progress) as bar:
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            outputs = net.generate(batch, max_new_tokens=limit, eos_token_id=tokenizer.stop_ids)
-            answers += [answer_text(*pair, tokenizer) for pair in zip(outputs, batch, strict=True)]
+        for start in range(0, len(prompts), at_once):
+            batch = prompts[start : start + at_once]
+            filled = batch + batch[:1] * (at_once - len(batch))  # one number of rows: one compiled graph
+            outputs = net.generate(filled, max_new_tokens=limit, eos_token_id=tokenizer.stop_ids)
+            answers += [answer_text(*pair, tokenizer) for pair in zip(outputs, batch, strict=False)]
             bar.update(len(batch))
     return answers
 
