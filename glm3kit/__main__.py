@@ -98,7 +98,7 @@ def launch(args: argparse.Namespace) -> int:
     """Train with one process a device; wait for the end unless detached."""
     from glm3kit.launch import launch
 
-    job = launch(_config(args), args.rank_table, wait=not args.detach, overwrite=args.overwrite)
+    job = launch(_config(args), args.rank_table, wait=not args.detach, overwrite=args.overwrite, resume=args.resume)
     print(f"{job.state()['state']}: {job.folder}")
     return 0
 
@@ -134,7 +134,7 @@ def train(args: argparse.Namespace) -> int:
 
     config = _config(args)
     with rank_process(config.job_dir):  # leaves the record that the job's verdict is taken from
-        run_rank(config)
+        run_rank(config, args.resume)
     return 0
 
 
@@ -317,14 +317,17 @@ def parser() -> argparse.ArgumentParser:
 
     verb = _add(verbs, "launch", launch, "launch configs/tiny.yaml train.total_steps=20", config=True)
     verb.add_argument("--detach", action="store_true", help="return at once; then use status, logs and stop")
-    verb.add_argument("--overwrite", action="store_true", help="remove an earlier run of the same name first")
+    again = verb.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
+    again.add_argument("--overwrite", action="store_true", help="remove an earlier run of the same name first")
     verb.add_argument("--rank-table", metavar="PATH", help="default: what ModelArts provides, else this machine")
     for name, run in (("status", status), ("stop", stop), ("logs", logs)):
         verb = _add(verbs, name, run, f"{name} output/tiny")
         verb.add_argument("job", metavar="JOB", help="the folder of a job")
     verb.add_argument("--rank", type=int, default=0, help="default: 0")
     verb.add_argument("--lines", type=int, default=20, help="default: 20")
-    _add(verbs, "train", train, "train configs/tiny.yaml parallel.data_parallel=1", config=True)
+    verb = _add(verbs, "train", train, "train configs/tiny.yaml parallel.data_parallel=1", config=True)
+    verb.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
 
     verb = _add(verbs, "plot", plot, "plot output/tiny -o loss.png")
     verb.add_argument("logs", metavar="LOG", nargs="+", type=Path, help="a job, metrics.jsonl, or a MindFormers log")

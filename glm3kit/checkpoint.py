@@ -122,7 +122,8 @@ def load_checkpoint(path: Path, net: "ChatGLM3", trainer: "Trainer", topology: T
             if spec is None or spec.shape != tuple(parameter.shape):
                 raise CheckpointError(f"{file}: '{parameter.name}' is {list(spec.shape) if spec else 'missing'}, "
                                       f"expected {list(parameter.shape)}; the checkpoint is of another model")
-            parameter.set_data(Tensor(cast(stored[parameter.name], "float32")).astype(parameter.dtype))
+            # In place: compiled graphs hold on to the memory they were compiled with.
+            parameter.copy_(Tensor(cast(stored[parameter.name], "float32")).astype(parameter.dtype))
     trainer.load_state(state)
 
 

@@ -22,7 +22,8 @@ def sync(path: Path) -> None:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary path in the same folder; on success it is synced and renamed to `path`, on failure removed.
 
-    The folder is made if it does not exist. Two writers of one path do not meet: the temporary name holds the process id.
+    The folder is made if it does not exist. Two writers of one path do not meet: the temporary name holds the
+    process id.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

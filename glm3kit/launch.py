@@ -119,13 +119,18 @@ def _lock(folder: Path) -> int:
             raise JobError(f"{folder}: no lock can be taken there ({err}); set output_dir to a local disk") from err
 
 
+def _refuse_left_over(folder: Path) -> None:
+    if left := [process.pid for process in job_processes(folder)]:
+        raise JobError(f"{folder}: processes {left} of an earlier job still run; "
+                       "Job.attach(folder).stop() ends them")
+
+
 def _clear(folder: Path, overwrite: bool) -> None:
     """Refuse a folder that holds a run, or remove that run."""
-    if left := [process.pid for process in job_processes(folder)]:
-        if not overwrite:
-            raise JobError(f"{folder}: processes {left} of an earlier job still run; "
-                           "Job.attach(folder).stop() ends them")
+    if overwrite:
         end_processes(folder)
+    else:
+        _refuse_left_over(folder)
     if not overwrite and (found := [name for name in RESULTS if (folder / name).exists()]):
         raise JobError(f"{folder}: holds an earlier run ({', '.join(found)}); give this one another name, or "
                        "overwrite=True to remove its log, metrics and checkpoints")
@@ -137,17 +142,32 @@ def _clear(folder: Path, overwrite: bool) -> None:
             path.unlink(missing_ok=True)
 
 
-def start_job(config: RunConfig, table: RankTable, overwrite: bool = False,
+def _continue(folder: Path) -> None:
+    """Refuse a folder without a checkpoint to go on from, or one that is still in use; keep what it holds."""
+    from glm3kit.checkpoint import newest_checkpoint  # here, since it brings MindSpore along
+
+    _refuse_left_over(folder)
+    newest_checkpoint(folder)
+    (folder / "job.json").unlink(missing_ok=True)
+    for record in (folder / "log").glob("*.json"):  # how the ranks ended the last time
+        record.unlink()
+
+
+def start_job(config: RunConfig, table: RankTable, overwrite: bool = False, resume: bool = False,
               command: Sequence[str] | None = None) -> Job:
     """Fill the folder and start the supervisor. command: what Python runs as a rank, by default `train`."""
     job = Job(config.job_dir)
     lock = _lock(job.folder)
     try:
-        _clear(job.folder, overwrite)
-        (job.folder / "log").mkdir()
+        if resume:
+            _continue(job.folder)
+        else:
+            _clear(job.folder, overwrite)
+        (job.folder / "log").mkdir(exist_ok=True)
         config.save(job.folder / "config.yaml")
         table.save(job.folder / "rank_table.json")
-        command = command or ["-m", "glm3kit", "train", str(job.folder / "config.yaml")]
+        command = command or ["-m", "glm3kit", "train", str(job.folder / "config.yaml"),
+                              *(["--resume"] if resume else [])]
         log = job.folder / "log" / "supervisor.log"
         with log.open("wb") as output:
             started = subprocess.run(
@@ -162,7 +182,7 @@ def start_job(config: RunConfig, table: RankTable, overwrite: bool = False,
 
 
 def launch(config: RunConfig, rank_table: RankTable | str | Path | None = None, wait: bool = True,
-           progress: bool = True, overwrite: bool = False) -> Job:
+           progress: bool = True, overwrite: bool = False, resume: bool = False) -> Job:
     """Train as `config` says, one process a device, in the folder output_dir/name.
 
     rank_table: the devices, as a table or its file; by default the platform's (RANK_TABLE_FILE, /user/config), else
@@ -170,10 +190,11 @@ def launch(config: RunConfig, rank_table: RankTable | str | Path | None = None, 
     wait: return when the job has succeeded; Ctrl-C stops the job then. Without, return at once: the job goes on even
         when this process ends, and Job.attach(folder) finds it again.
     overwrite: remove an earlier run of the same name, with its checkpoints.
+    resume: go on from its newest complete checkpoint instead.
     Raises RankTableError for too few devices, JobError if a job runs in that folder or has left results there, and,
     when waiting, JobError with the reason if the job fails: rank, exit code or signal, the end of its log.
     """
-    job = start_job(config, choose_rank_table(config, rank_table), overwrite)
+    job = start_job(config, choose_rank_table(config, rank_table), overwrite, resume)
     if wait:
         try:
             job.wait(progress=progress)

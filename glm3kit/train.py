@@ -355,6 +355,7 @@ def run_rank(config: RunConfig, resume: bool = False) -> list[dict]:
 
     def on_step(record: dict, trainer: Trainer) -> None:
         step = record["step"]
+        record["total_steps"] = total_steps
         record["epoch"] = 1 + (step * micro_steps - 1) // epoch.steps_per_epoch
         record["tokens_per_second"] = record["tokens"] / record["step_time_ms"] * 1000 * topology.data_parallel
         if metrics:

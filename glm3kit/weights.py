@@ -275,9 +275,10 @@ def fill_parameters(net: "ChatGLM3", weights: Mapping[str, np.ndarray]) -> None:
         if cut and topology.tensor_parallel > 1:
             values = cut.part(values, topology.tensor_rank, topology.tensor_parallel)
         if parameter.dtype == ms.bfloat16:  # through float32, which holds every bfloat16
-            parameter.set_data(ms.Tensor(cast(values, "float32", name)).astype(ms.bfloat16))
+            values = ms.Tensor(cast(values, "float32", name)).astype(ms.bfloat16)
         else:
-            parameter.set_data(ms.Tensor(cast(values, str(parameter.dtype).lower(), name)))
+            values = ms.Tensor(cast(values, str(parameter.dtype).lower(), name))
+        parameter.copy_(values)  # in place: compiled graphs hold on to the memory they were compiled with
 
 
 def random_weights(cfg: ModelConfig, seed: int) -> Tensors:

@@ -78,7 +78,7 @@ def test_an_overflow_leaves_weights_and_moments_and_halves_the_scale(net, batche
     trainer = Trainer(net, config(loss_scale="dynamic"), total_steps=20)
     trainer.advance(batches[:1])
     trainer.scale.value = 3e38  # the scaled loss is beyond float32
-    before = {p.name: p.asnumpy() for p in (*net.trainable_params(), *trainer.optimizer.state())}
+    before = {p.name: p.asnumpy().copy() for p in (*net.trainable_params(), *trainer.optimizer.state())}
     record = trainer.advance(batches[1:2])
     assert record["overflow"] and record["loss_scale"] == 3e38
     assert trainer.scale.value == 1.5e38

@@ -1,0 +1,81 @@
+"""Whole runs on the embedded data: launched processes, metrics, checkpoints, going on after an end."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from glm3kit.checkpoint import checkpoints, merge
+from glm3kit.config import ModelConfig, load_config
+from glm3kit.errors import CheckpointError, JobError
+from glm3kit.launch import launch
+from glm3kit.metrics import read_metrics
+from glm3kit.weights import parameter_shapes, random_weights, read_weights
+
+SMALL = ("model.num_layers=1", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.kv_channels=8",
+         "train.batch_size=2", "train.total_steps=6", "train.save_steps=3", "train.keep_checkpoints=2")
+
+
+def small_run(folder, *changes):
+    return load_config(ROOT / "configs" / "tiny.yaml", [*SMALL, f"output_dir={folder}", *changes])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two data-parallel processes that has ended."""
+    return launch(small_run(tmp_path_factory.mktemp("run"), "name=whole"), progress=False)
+
+
+@pytest.mark.ranks
+def test_a_run_leaves_its_configuration_metrics_logs_and_checkpoints(finished):
+    assert finished.state()["state"] == "succeeded"
+    assert load_config(finished.folder / "config.yaml").train.total_steps == 6
+    records = read_metrics(finished.folder)
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    logged = read_metrics(finished.folder / "log" / "rank_0.log")
+    assert logged[-1]["loss"] == pytest.approx(records[-1]["loss"], abs=1e-3)
+    assert [path.name for path in checkpoints(finished.folder)] == ["step_3", "step_6"]
+    assert records[0]["loss"] == pytest.approx(np.log(2048), rel=0.02), "random weights know nothing of 2048 words"
+
+
+@pytest.mark.ranks
+def test_one_process_gives_the_curve_of_two_on_the_same_global_batch(finished, tmp_path):
+    alone = launch(small_run(tmp_path, "name=alone", "parallel.data_parallel=1", "train.batch_size=4"), progress=False)
+    two, one = read_metrics(finished.folder), read_metrics(alone.folder)
+    for key in ("loss", "grad_norm", "learning_rate"):
+        np.testing.assert_allclose([r[key] for r in one], [r[key] for r in two], rtol=1e-4, err_msg=key)
+
+
+@pytest.mark.ranks
+def test_a_resumed_run_gives_the_losses_of_the_uninterrupted_one(finished, tmp_path):
+    whole = [record["loss"] for record in read_metrics(finished.folder)]
+    config = small_run(finished.folder.parent, "name=whole")
+    (checkpoints(finished.folder)[-1] / "complete.json").unlink()  # as if it had been killed while saving the last one
+    launch(config, progress=False, resume=True)
+    assert [record["loss"] for record in read_metrics(finished.folder)] == whole
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        launch(small_run(tmp_path, "name=new"), resume=True)
+
+
+@pytest.mark.ranks
+def test_merged_weights_of_a_run_are_those_of_a_model(finished, tmp_path):
+    merged = read_weights(merge(finished.folder, tmp_path / "merged.ckpt", progress=False))
+    model = load_config(finished.folder / "config.yaml").model
+    assert {name: spec.shape for name, spec in merged.specs.items()} == parameter_shapes(model)
+    start = random_weights(model, seed=0)
+    moved = [name for name in merged if not np.array_equal(merged[name], start[name])]
+    assert len(moved) == len(merged), "every parameter was trained"
+
+
+@pytest.mark.ranks
+def test_weights_of_another_model_fail_the_run_with_the_reason(tmp_path):
+    from glm3kit.weights import write_random_hub_weights
+
+    other = ModelConfig(num_layers=1, padded_vocab_size=64, hidden_size=32, ffn_hidden_size=48, kv_channels=8,
+                        num_attention_heads=4, param_dtype="float32")
+    write_random_hub_weights(other, tmp_path / "hub")
+    config = small_run(tmp_path, f"model.checkpoint_name_or_path={tmp_path / 'hub'}", "parallel.data_parallel=1")
+    with pytest.raises(JobError, match="vocabulary of 64 rows.*set padded_vocab_size"):
+        launch(config, progress=False)
+    assert json.loads((config.job_dir / "job.json").read_text())["state"] == "failed"
