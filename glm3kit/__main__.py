@@ -260,9 +260,10 @@ def demo(args: argparse.Namespace) -> int:
         raise JobError(f"the demo needs {err.name}, not installed; use make demo, or pip install '.[demo]'") from err
 
     index = run_demo()
-    print(f"\nDone: open {index}")
-    for path in sorted(path for path in index.parent.iterdir() if path.suffix not in (".html", ".ipynb")):
-        print(f"  {path}{'/' if path.is_dir() else ''}")
+    print(f"\nDone: open {os.path.relpath(index)}")
+    for path in sorted(index.parent.iterdir()):
+        if path.is_file() and path.suffix not in (".html", ".ipynb"):
+            print(f"  {os.path.relpath(path)}")
     return 0
 
 

@@ -93,6 +93,7 @@ def run_notebook(path: Path, output: Path, bar: tqdm) -> NotebookNode:
     environment.pop("GLM3KIT_CONFIG", None)  # the demo is the tiny setting, whatever the shell has set
     client = NotebookClient(notebook, timeout=CELL_TIMEOUT_S, kernel_name="python3",
                             resources={"metadata": {"path": str(path.parent)}},
+                            extra_arguments=["--log-level=ERROR"],  # each kernel would warn that it listens on TCP
                             on_cell_complete=lambda cell, cell_index: bar.update())
     bar.reset(len(notebook.cells))
     try:
