@@ -45,11 +45,11 @@ clean:  ## remove .venv, output and caches
 
 # The browser test drives Debian's chromium; the fonts make Chinese text visible in its screenshots.
 chromium:
-	@if command -v chromium >/dev/null; then :; \
+	@if [ -x /usr/bin/chromium ]; then :; \
 	elif command -v apt-get >/dev/null && { [ "$$(id -u)" = 0 ] || command -v sudo >/dev/null; }; then \
 	  echo "Installing chromium and fonts-noto-cjk for the browser test"; \
 	  as_root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	  $$as_root apt-get update -qq && \
 	  $$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y chromium fonts-noto-cjk >/dev/null; \
-	else echo "No chromium, and no apt-get with root rights to install it: the browser test will be skipped." \
-	  "Install chromium to run it." >&2; fi
+	else echo "No /usr/bin/chromium, and no apt-get with root rights to install it: the browser test will fail." \
+	  "Install chromium and fonts-noto-cjk, or run the others: $(BIN)/python -m pytest -m 'not browser'" >&2; fi
