@@ -8,6 +8,7 @@ says.
 
 import html
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -83,6 +84,12 @@ def _failure(notebook: NotebookNode, name: str, error: Exception) -> JobError:
     return JobError(f"{where}: {reason}{source}\nOpen the notebook with `make lab` and run it there.")
 
 
+def _links(page: str, folder: Path, output: Path) -> str:
+    """A page with its links as they lead from `output`: to the other pages, and to the files of the repository."""
+    page = re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', page)
+    return page.replace('href="../', f'href="{os.path.relpath(folder.parent, output)}/')
+
+
 def run_notebook(path: Path, output: Path, bar: tqdm) -> NotebookNode:
     """Run one notebook in its own folder; leave it, as far as it came, and its HTML version under `output`.
 
@@ -103,7 +110,7 @@ def run_notebook(path: Path, output: Path, bar: tqdm) -> NotebookNode:
     finally:
         atomic_write(output / path.name, nbformat.writes(notebook))
     page, _ = HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": path.stem}})
-    atomic_write(output / f"{path.stem}.html", page)
+    atomic_write(output / f"{path.stem}.html", _links(page, path.parent, output))
     return notebook
 
 

@@ -1,5 +1,7 @@
 """The demo: notebooks run in order, pages and index are left behind, a failure names notebook and cell."""
 
+import re
+
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -34,6 +36,18 @@ def test_notebooks_run_in_order_and_leave_pages_an_index_and_their_files(tmp_pat
     assert [cell.execution_count for cell in executed.cells if cell.cell_type == "code"] == [1, 2, 3]
     assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [["1/2", "01_first"],
                                                                                   ["2/2", "02_second"]]
+
+
+def test_links_lead_from_the_pages_to_pages_and_files(tmp_path):
+    (tmp_path / "library.py").touch()
+    notebooks, output = tmp_path / "notebooks", tmp_path / "output" / "demo"
+    title = "[next](02_second.ipynb), [library](../library.py)"
+    write_notebook(notebooks, "01_first", "1", title=title)
+    write_notebook(notebooks, "02_second", "1")
+    run_demo(notebooks, output)
+    links = re.findall(r'<a href="([^"#]+)"', (output / "01_first.html").read_text(encoding="utf-8"))
+    assert links == ["02_second.html", "../../library.py"]
+    assert all((output / link).is_file() for link in links)
 
 
 def test_a_failing_notebook_is_named_with_its_cell_and_error(tmp_path):
