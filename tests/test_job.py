@@ -67,7 +67,7 @@ def start(tmp_path):
         (tmp_path / "rank.py").write_text(script)
         config = make_config(tmp_path, ranks)
         command = [str(tmp_path / "rank.py"), str(config.job_dir), behaviour, who]
-        jobs.append(start_job(config, local_rank_table(ranks), overwrite, command))
+        jobs.append(start_job(config, local_rank_table(ranks), overwrite, command=command))
         return jobs[-1]
 
     yield start
