@@ -1,0 +1,77 @@
+"""The two READMEs: the same code in both, calls that parse, links that lead somewhere, Python that runs."""
+
+import re
+import shlex
+import subprocess
+import sys
+from math import prod
+from pathlib import Path
+
+import pytest
+
+from glm3kit.__main__ import parser
+from glm3kit.config import load_config
+from glm3kit.weights import parameter_shapes
+
+ROOT = Path(__file__).resolve().parent.parent
+READMES = ("README.md", "README.zh-CN.md")
+SMALL = ["train.total_steps=2", "train.batch_size=2", "model.num_layers=1", "model.hidden_size=32",
+         "model.ffn_hidden_size=64", "model.kv_channels=8"]
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(name: str, language: str) -> list[str]:
+    """The code blocks of a language, without the indentation that a list gives them."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", text_of(name), re.DOTALL | re.MULTILINE)
+    return [re.sub(rf"^{indent}", "", code, flags=re.MULTILINE) for indent, code in found]
+
+
+def test_both_languages_have_the_same_code_and_as_many_sections():
+    english, chinese = READMES
+    for language in ("bash", "python"):
+        assert blocks(english, language) == blocks(chinese, language) != []
+    assert text_of(english).count("\n## ") == text_of(chinese).count("\n## ")
+
+
+def test_every_call_in_a_code_block_is_a_call():
+    calls = [shlex.split(line) for block in blocks("README.md", "bash") for line in block.splitlines()]
+    for call in (call for call in calls if call[0] == "glm3kit"):
+        assert callable(parser().parse_args(call[1:]).run)
+    targets = re.findall(r"^([a-z]+):", text_of("Makefile"), re.MULTILINE)
+    assert {call[1] for call in calls if call[0] == "make"} <= set(targets)
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_verb_is_named(name):
+    verbs = re.findall(r"^    ([a-z-]+)\b", parser().format_help(), re.MULTILINE)
+    assert "launch" in verbs
+    assert [verb for verb in verbs if f"`{verb}" not in text_of(name) and f"`glm3kit {verb}" not in text_of(name)] == []
+
+
+@pytest.mark.parametrize("name", [*READMES, "CONTRIBUTING.md"])
+def test_every_link_and_configuration_leads_somewhere(name):
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text_of(name)) if "://" not in link]
+    named = re.findall(r"configs/\w+\.yaml", text_of(name))
+    assert [path for path in [*links, *named] if not (ROOT / path).exists()] == []
+
+
+def test_the_size_of_the_tiny_model_is_the_one_named():
+    count = sum(map(prod, parameter_shapes(load_config(ROOT / "configs" / "tiny.yaml").model).values()))
+    english = re.search(r"([\d.]+) million parameters", text_of("README.md"))[1]
+    chinese = re.search(r"(\d+) 万参数", text_of("README.zh-CN.md"))[1]
+    assert float(english) * 1e6 == pytest.approx(count, rel=0.05)
+    assert int(chinese) * 1e4 == pytest.approx(count, rel=0.05)
+
+
+def test_the_ten_lines_of_python_train_and_answer(tmp_path):
+    (code,) = blocks("README.md", "python")
+    overrides = '["train.total_steps=50"]'
+    assert code.count(overrides) == 1
+    assert len([line for line in code.splitlines() if line]) <= 10
+    code = code.replace(overrides, repr([*SMALL, f"output_dir={tmp_path}"]))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[0]) > 0
