@@ -181,13 +181,11 @@ def _model(config: "RunConfig") -> "tuple[ChatGLM3, ChatGLM3Tokenizer, dict[str,
     if missing:
         raise ConfigError("\n".join(f"model.{key} is not set; set it in the configuration, or add model.{key}=PATH"
                                     for key in missing))
-    import mindspore as ms
-
     from glm3kit.model import AutoModel
+    from glm3kit.parallel import choose_device
     from glm3kit.tokenizer import ChatGLM3Tokenizer
 
-    if config.parallel.device_target != "auto":
-        ms.set_device(config.parallel.device_target)
+    choose_device(config.parallel.device_target)
     tokenizer = ChatGLM3Tokenizer(config.model.tokenizer_path)
     options = config.generate.model_dump() | {"eos_token_id": tokenizer.stop_ids}
     return AutoModel.from_config(config.model), tokenizer, options
