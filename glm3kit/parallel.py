@@ -48,6 +48,12 @@ class Topology:
 ALONE = Topology()
 
 
+def choose_device(target: str) -> None:
+    """Compute on "CPU" or "Ascend"; "auto" leaves MindSpore's own choice, Ascend where there is one."""
+    if target not in ("auto", ms.get_context("device_target")):
+        ms.set_device(target)  # refused once something has been computed
+
+
 def start_processes(config: ParallelConfig) -> Topology:
     """Choose the device and join the other processes where a launcher started several.
 
@@ -58,8 +64,7 @@ def start_processes(config: ParallelConfig) -> Topology:
         raise ConfigError(f"the configuration asks for data_parallel {config.data_parallel} x tensor_parallel "
                           f"{config.tensor_parallel} = {config.ranks} process(es), {launched} started; "
                           "start it with `glm3kit launch`, or change the numbers under parallel")
-    if config.device_target != "auto":
-        ms.set_device(config.device_target)
+    choose_device(config.device_target)
     if launched == 1:
         return ALONE
     init()
