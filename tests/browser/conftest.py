@@ -60,6 +60,8 @@ class Lab:
     def theme(self, page: Page, name: str) -> None:
         """Change the theme: "JupyterLab Light" or "JupyterLab Dark"."""
         page.evaluate("(theme) => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", name)
+        page.wait_for_timeout(500)  # ms; a splash screen is laid over the page while the style sheets change
+        page.wait_for_selector("#jupyterlab-splash", state="detached")
 
 
 def end_group(process: subprocess.Popen) -> None:
