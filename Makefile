@@ -1,7 +1,7 @@
 # Everything starts here: `make demo` on a machine with Python 3.11, git and make only. `make` lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lab lint clean chromium
+.PHONY: help venv demo test peers lab lint clean chromium
 
 # The first Python that fits the pinned packages; another one: make PYTHON=/path/to/python3.11
 PYTHON ?= $(shell for python in python3.11 python3 python3.12; do $$python -c \
@@ -28,10 +28,18 @@ demo: venv  ## run the seven notebooks on the tiny model, results in output/demo
 	@$(BIN)/python -m glm3kit demo
 
 test: venv chromium lint  ## run every test: unit, notebooks, browser
-	$(BIN)/python -m pytest -m "not browser"
+	$(BIN)/python -m pytest -m "not browser and not peers"
 	$(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-current-env --nbval-cell-timeout=1200 \
 	  --nbval-sanitize-with=tests/nbval_sanitize.cfg notebooks
 	$(if $(wildcard tests/browser),$(BIN)/python -m pytest -m browser tests/browser)
+
+peers: $(BIN)/.peers  ## compare with PyTorch and Transformers (a smaller torch: PIP_EXTRA_INDEX_URL, see CONTRIBUTING.md)
+	$(BIN)/python -m pytest -m peers
+
+$(BIN)/.peers: $(BIN)/.ready
+	@echo "Adding torch and transformers to .venv"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,peers]'
+	@touch $@
 
 lab: venv  ## open JupyterLab on the notebooks (this machine only, token on)
 	@$(BIN)/python -m jupyterlab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
