@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from glm3kit.__main__ import main, parser, printable, talk
+from glm3kit.__main__ import main, parser
 from glm3kit.chat import ChatSession
 from glm3kit.config import load_config
 from glm3kit.rank_table import Device, RankTable, Server
+from glm3kit.terminal import printable, talk
 from glm3kit.tokenizer import ChatGLM3Tokenizer
 from glm3kit.weights import write_random_hub_weights
 

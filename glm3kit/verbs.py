@@ -1,0 +1,222 @@
+"""What each verb of the command line does: from parsed arguments to what is printed and the exit status.
+
+What a verb needs is imported when it runs: `glm3kit --help` waits for nothing. The words of a call are in __main__.py.
+
+    status(parser().parse_args(["status", "output/tiny"]))
+"""
+
+import argparse
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from glm3kit.errors import ConfigError, JobError, RankTableError
+
+if TYPE_CHECKING:
+    from glm3kit.config import RunConfig
+    from glm3kit.model import ChatGLM3
+    from glm3kit.tokenizer import ChatGLM3Tokenizer
+
+
+def _config(args: argparse.Namespace) -> "RunConfig":
+    from glm3kit.config import load_config
+
+    return load_config(args.config, args.overrides)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+
+
+def check(args: argparse.Namespace) -> int:
+    """Check whether this machine is ready."""
+    from dataclasses import asdict
+
+    from glm3kit.doctor import format_checks, run_checks
+
+    checks = run_checks(_config(args) if args.config else None)
+    if args.json:
+        _print_json([asdict(item) for item in checks])
+    else:
+        print(format_checks(checks))
+    return int(any(item.state == "failed" for item in checks))
+
+
+def rank_table_show(args: argparse.Namespace) -> int:
+    """Show a rank table of any form that is read."""
+    from glm3kit.rank_table import find_rank_table, read_rank_table
+
+    path = args.path or find_rank_table()
+    if path is None:
+        raise RankTableError("no rank table: RANK_TABLE_FILE is not set and /user/config holds none; give a path")
+    table = read_rank_table(path)
+    if args.json:
+        _print_json(table.to_dict())
+        return 0
+    print(f"{path}: {table.rank_size} device(s) on {len(table.servers)} server(s)")
+    for server in table.servers:
+        for device in server.devices:
+            print(f"rank {device.rank_id:>3}  {server.server_id}  device {device.device_id}  {device.device_ip}")
+    return 0
+
+
+def rank_table_merge(args: argparse.Namespace) -> int:
+    """Merge the rank tables of several servers into one; ranks follow the order of the files."""
+    from glm3kit.rank_table import merge_rank_tables, read_rank_table
+
+    table = merge_rank_tables([read_rank_table(path) for path in args.paths])
+    table.save(args.output)
+    print(f"{args.output}: {table.rank_size} devices on {len(table.servers)} servers")
+    return 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Convert weights to MindSpore's names."""
+    from glm3kit.weights import convert_weights
+
+    path = convert_weights(args.source, args.destination, to=args.to, dtype=args.dtype, force=args.force)
+    print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
+    return 0
+
+
+def data(args: argparse.Namespace) -> int:
+    """Encode the data files to token files and report on them."""
+    from glm3kit.data import prepare_data
+
+    _print_json({name: tokens.report for name, tokens in prepare_data(_config(args)).items()})
+    return 0
+
+
+def launch(args: argparse.Namespace) -> int:
+    """Train with one process a device; wait for the end unless detached."""
+    from glm3kit.launch import launch
+
+    job = launch(_config(args), args.rank_table, wait=not args.detach, overwrite=args.overwrite, resume=args.resume)
+    print(f"{job.state()['state']}: {job.folder}")
+    return 0
+
+
+def status(args: argparse.Namespace) -> int:
+    """Show the state of a job."""
+    from glm3kit.launch import Job
+
+    _print_json(Job.attach(args.job).state())
+    return 0
+
+
+def stop(args: argparse.Namespace) -> int:
+    """Stop a running job."""
+    from glm3kit.launch import Job
+
+    print(f"{Job.attach(args.job).stop()['state']}: {args.job}")
+    return 0
+
+
+def logs(args: argparse.Namespace) -> int:
+    """Show the end of a rank's log."""
+    from glm3kit.launch import Job
+
+    print(Job.attach(args.job).log(args.rank, args.lines))
+    return 0
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train as one rank; `launch` starts this on every device."""
+    from glm3kit.job import rank_process
+    from glm3kit.train import run_rank
+
+    config = _config(args)
+    with rank_process(config.job_dir):  # leaves the record that the job's verdict is taken from
+        run_rank(config, args.resume)
+    return 0
+
+
+def plot(args: argparse.Namespace) -> int:
+    """Plot loss, learning rate and speed of a run."""
+    from glm3kit.display import loss_figure
+    from glm3kit.files import atomic_path
+    from glm3kit.metrics import read_metrics
+
+    records = [record for path in args.logs for record in read_metrics(path)]
+    with atomic_path(args.output) as temporary:
+        figure = loss_figure(records, title=", ".join(path.name for path in args.logs))
+        figure.savefig(temporary, format=args.output.suffix[1:])
+    print(f"{args.output}: {len(records)} records")
+    return 0
+
+
+def merge(args: argparse.Namespace) -> int:
+    """Merge the shards of a checkpoint into one file of weights."""
+    from glm3kit.checkpoint import merge
+
+    path = merge(args.source, args.destination, args.strategy, force=args.force)
+    print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Measure held-out loss, attribute coverage, Rouge and BLEU."""
+    from glm3kit.evaluate import evaluate
+    from glm3kit.files import atomic_write
+
+    net, _, _ = _model(config := _config(args))
+    result = evaluate(config, net)
+    answers = result.pop("answers", [])
+    if args.answers:
+        atomic_write(args.answers, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers))
+    _print_json(result)
+    return 0
+
+
+def _model(config: "RunConfig") -> "tuple[ChatGLM3, ChatGLM3Tokenizer, dict[str, Any]]":
+    """The model with its weights, the tokenizer, and the options of `generate` and `stream`."""
+    missing = [key for key in ("tokenizer_path", "checkpoint_name_or_path") if getattr(config.model, key) is None]
+    if missing:
+        raise ConfigError("\n".join(f"model.{key} is not set; set it in the configuration, or add model.{key}=PATH"
+                                    for key in missing))
+    from glm3kit.model import AutoModel
+    from glm3kit.parallel import choose_device
+    from glm3kit.tokenizer import ChatGLM3Tokenizer
+
+    choose_device(config.parallel.device_target)
+    tokenizer = ChatGLM3Tokenizer(config.model.tokenizer_path)
+    options = config.generate.model_dump() | {"eos_token_id": tokenizer.stop_ids}
+    return AutoModel.from_config(config.model), tokenizer, options
+
+
+def predict(args: argparse.Namespace) -> int:
+    """Continue a prompt, in the form that ADGEN rows are trained in."""
+    from glm3kit.evaluate import answer_text
+    from glm3kit.terminal import printable
+
+    net, tokenizer, options = _model(_config(args))
+    prompt = tokenizer.encode(args.prompt)
+    (output,) = net.generate([prompt], **options)
+    print(printable(answer_text(output, prompt, tokenizer)))
+    return 0
+
+
+def chat(args: argparse.Namespace) -> int:
+    """Talk to the model in the terminal, in several roles."""
+    from glm3kit.chat import ChatSession
+    from glm3kit.terminal import talk
+
+    net, tokenizer, options = _model(config := _config(args))
+    window = config.model.seq_length
+    talk(ChatSession(tokenizer, lambda ids: net.stream(ids, **options), args.system, seq_length=window))
+    return 0
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Run the seven notebooks on the tiny model."""
+    try:
+        from glm3kit.demo import run_demo
+    except ModuleNotFoundError as err:
+        raise JobError(f"the demo needs {err.name}, not installed; use make demo, or pip install '.[demo]'") from err
+
+    index = run_demo()
+    print(f"\nDone: open {os.path.relpath(index)}")
+    for path in sorted(index.parent.iterdir()):
+        if path.is_file() and path.suffix not in (".html", ".ipynb"):
+            print(f"  {os.path.relpath(path)}")
+    return 0
