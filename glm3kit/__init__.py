@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ does it
     from glm3kit.chat import ChatSession
-    from glm3kit.config import AutoConfig, ModelConfig, RunConfig, load_config
+    from glm3kit.config import ModelConfig, RunConfig, load_config
     from glm3kit.data import encode_adgen, encode_conversation
     from glm3kit.metrics import read_metrics
+    from glm3kit.mindformers_yaml import AutoConfig
     from glm3kit.model import AutoModel, ChatGLM3
     from glm3kit.prompt import process_response
     from glm3kit.rank_table import merge_rank_tables, read_rank_table
@@ -30,12 +31,13 @@ __all__ = [
 ]
 
 _HOME = {
-    "AutoConfig": "config", "ModelConfig": "config", "RunConfig": "config", "load_config": "config",
+    "ModelConfig": "config", "RunConfig": "config", "load_config": "config",
     "ChatGLM3Tokenizer": "tokenizer",
     "process_response": "prompt",
     "encode_adgen": "data", "encode_conversation": "data",
     "merge_rank_tables": "rank_table", "read_rank_table": "rank_table",
     "read_metrics": "metrics",
+    "AutoConfig": "mindformers_yaml",
     "convert_weights": "weights", "load_weights": "weights",
     "AutoModel": "model", "ChatGLM3": "model",
     "ChatSession": "chat",

@@ -90,7 +90,7 @@ class ModelConfig(Part):
         try:
             return cls(**{"param_dtype": dtype, "compute_dtype": dtype} | fields | changes)
         except ValidationError as err:
-            raise ConfigError("\n".join(_faults(err, {}, str(path), cls))) from err
+            raise ConfigError("\n".join(faults_of(err, {}, str(path), cls))) from err
 
     def to_hf(self) -> dict[str, Any]:
         """The content of the published config.json for these sizes; `from_hf` reads it back, the official code too."""
@@ -262,7 +262,7 @@ def _lines(node: yaml.Node | None, path: tuple = ()) -> dict[tuple, int]:
     return lines
 
 
-def _faults(error: ValidationError, lines: dict[tuple, int | str], source: str, root: type[Part]) -> list[str]:
+def faults_of(error: ValidationError, lines: dict[tuple, int | str], source: str, root: type[Part]) -> list[str]:
     """One line a key with a fault: where it stands, what was found, what was expected."""
     faults: dict[tuple[str, str], list[str]] = {}
     for item in error.errors():
@@ -307,7 +307,8 @@ def _absolute(values: dict, folder: Path) -> None:
             holder[key] = [str((folder / Path(v).expanduser()).resolve()) if isinstance(v, str) else v for v in value]
 
 
-def _read_yaml(text: str, source: str) -> tuple[dict, dict[tuple, int]]:
+def parse_yaml(text: str, source: str) -> tuple[dict, dict[tuple, int]]:
+    """As `read_yaml`; source is what messages call the text."""
     try:
         values = yaml.load(text, Loader=_Loader)  # a SafeLoader: plain values only
         lines = _lines(yaml.compose(text, Loader=_Loader))
@@ -322,6 +323,25 @@ def _read_yaml(text: str, source: str) -> tuple[dict, dict[tuple, int]]:
     return values, lines
 
 
+def read_yaml(path: Path) -> tuple[dict, dict[tuple, int]]:
+    """The values of a YAML file, and the line of each key, by its path such as ("train", "batch_size").
+
+    Raises ConfigError for a missing file and for what is no mapping of groups.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as err:
+        raise ConfigError(f"{path}: no such file; the configurations that come with the kit are in configs/") from err
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"{path}: cannot be read: {err}") from err
+    return parse_yaml(text, str(path))
+
+
+def is_mindformers(values: dict) -> bool:
+    """Whether a parsed YAML has MindFormers' form, which `glm3kit.mindformers_yaml` reads."""
+    return isinstance(values.get("model"), dict) and isinstance(values["model"].get("model_config"), dict)
+
+
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a configuration file and apply overrides such as "train.batch_size=2".
 
@@ -331,13 +351,10 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     stand twice, a seq_length that does not match the data.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as err:
-        raise ConfigError(f"{path}: no such file; the configurations that come with the kit are in configs/") from err
-    except (OSError, UnicodeDecodeError) as err:
-        raise ConfigError(f"{path}: cannot be read: {err}") from err
-    values, lines = _read_yaml(text, str(path))
+    values, lines = read_yaml(path)
+    if is_mindformers(values):
+        raise ConfigError(f"{path}: this is MindFormers' form, of which AutoConfig.from_pretrained reads the model; "
+                          "for everything else copy the values that differ into one of the files in configs/")
     values.setdefault("name", path.stem)
     _absolute(values, path.parent)
     values.setdefault("output_dir", str(Path("output").resolve()))
@@ -350,7 +367,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         if not equals or not all(keys):
             faults.append(f"override '{override}': expected group.key=value, such as train.batch_size=2")
             continue
-        parsed, _ = _read_yaml(f"value: {value}" if value.strip() else "value: null", f"override '{override}'")
+        parsed, _ = parse_yaml(f"value: {value}" if value.strip() else "value: null", f"override '{override}'")
         patch: dict = {keys[-1]: parsed["value"]}
         for part in reversed(keys[:-1]):
             patch = {part: patch}
@@ -365,16 +382,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     try:
         config = RunConfig(**values)
     except ValidationError as err:
-        faults += _faults(err, where, str(path), RunConfig)
+        faults += faults_of(err, where, str(path), RunConfig)
     if faults:
         raise ConfigError("\n".join(faults))
     return config
-
-
-class AutoConfig:
-    """The name that MindFormers' scripts use for reading a model's configuration."""
-
-    @staticmethod
-    def from_pretrained(path: str | Path) -> ModelConfig:
-        """The `model` part of a configuration file, with `seq_length` derived where the file has data."""
-        return load_config(path).model
