@@ -63,7 +63,12 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--dtype", choices=["keep", "float16", "bfloat16", "float32"], default="keep", help="cast to it")
     verb.add_argument("--force", action="store_true", help="replace an existing DST")
 
-    _add(commands, "data", verbs.data, "data configs/tiny.yaml", config=True)
+    verb = _add(commands, "data", verbs.data, "data configs/tiny.yaml", config=True)
+    verb.add_argument("--skip-bad", action="store_true", help="leave bad rows out, counted and listed in the report")
+    verb = _add(commands, "data tool-alpaca", verbs.data_tool_alpaca,
+                "data tool-alpaca train_data.json tool_alpaca.jsonl")
+    verb.add_argument("source", metavar="SRC", help="a file of ToolAlpaca's records, such as data/train_data.json")
+    verb.add_argument("destination", metavar="DST", help="the JSON lines, such as tool_alpaca.jsonl")
 
     verb = _add(commands, "launch", verbs.launch, "launch configs/tiny.yaml train.total_steps=20", config=True)
     verb.add_argument("--detach", action="store_true", help="return at once; then use status, logs and stop")
@@ -104,7 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status; an error of the kit is one message on stderr, without a traceback."""
     os.environ.setdefault("GLOG_v", "3")  # read when MindSpore is imported: print errors only
     root = parser()
-    args, rest = root.parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:2] == ["data", "tool-alpaca"]:  # a verb of two words beside `data CONFIG`
+        words[:2] = ["data tool-alpaca"]
+    args, rest = root.parse_known_args(words)
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
         root.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # overrides after an option, which argparse does not take for positional arguments

@@ -1,53 +1,48 @@
 """Training rows to input_ids and labels, one at a time or whole files at once into a token file.
 
-Two forms of rows, also mixed in one file of JSON lines or a JSON array: ADGEN's (a source and a target text) and
-conversations. Knowledge: MindFormers 1.1's ADGEN and multi-turn data sets, whose values these are element by element.
+Knowledge: MindFormers 1.1's ADGEN and multi-turn data sets, whose values these are element by element.
 
     python -m glm3kit data configs/tiny.yaml
 """
 
 import hashlib
 import json
-import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from glm3kit.batches import Batches
 from glm3kit.config import DataConfig, RunConfig
 from glm3kit.errors import ConfigError, DataError, PromptError
-from glm3kit.prompt import conversation_ids, conversation_messages
-from glm3kit.token_file import FORMAT, IGNORE_INDEX, Batches, TokenFile, has_digest, shift_labels, write_token_file
-from glm3kit.tokenizer import ChatGLM3Tokenizer, check_text
+from glm3kit.prompt import conversation_ids
+from glm3kit.rows import ENCODINGS, file_encoding, is_adgen, open_data, read_items, read_rows, refuse, row_texts
+from glm3kit.token_file import (
+    ADGEN,
+    CONVERSATION,
+    FORMAT,
+    IGNORE_INDEX,
+    EncodedRows,
+    TokenFile,
+    has_digest,
+    shift_labels,
+    write_token_file,
+)
+from glm3kit.tokenizer import ChatGLM3Tokenizer
 
 __all__ = ["IGNORE_INDEX", "Batches", "TokenFile", "encode_adgen", "encode_conversation", "encode_files",
            "prepare_data", "read_rows"]
 
 ROWS_AT_ONCE = 512  # rows handed to SentencePiece's threads together
-_SPACE = re.compile(r"[ \t\r\n]*")
+# Settings that encoded rows depend on, besides the window.
+SETTINGS = {"origin_columns", "max_source_length", "max_target_length", "tools_indent", "skip_bad"}
 
 Encoded = tuple[list[np.ndarray], bytes]  # ids of a row, in pieces, and for each 1 if the prediction made there counts
-Batch = tuple[np.ndarray, np.ndarray, list[int]]  # ids and mask of some rows, one after the other, and their lengths
-
-
-def _texts(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
-    """Source and target of an ADGEN row; DataError for a missing, blank or other value."""
-    texts = []
-    for column in columns:
-        if column not in row:
-            raise DataError(f"column {column!r} is missing; the row has {', '.join(map(repr, row)) or 'none'}")
-        value = row[column]
-        if not isinstance(value, str):
-            raise DataError(f"column {column!r} is {type(value).__name__} {str(value)[:40]!r}, expected a text")
-        if not value.strip():
-            raise DataError(f"column {column!r} is blank; fill it or remove the row")
-        check_text(value)
-        texts.append(value)
-    return texts
 
 
 class _Join:
@@ -90,7 +85,7 @@ def encode_adgen(
     Raises DataError for a column that is missing, blank or no text.
     Example: encode_adgen({"content": "类型#裙", "summary": "好看的裙子"}, tok, 64, 127)
     """
-    source, target = tok.encode_batch(_texts(row, origin_columns))
+    source, target = tok.encode_batch(row_texts(row, origin_columns))
     encoded = _Join(tok, max_source_length, max_target_length)(source, target)
     return _padded(encoded, max_source_length + max_target_length + 1, tok.pad_id)
 
@@ -108,107 +103,12 @@ def encode_conversation(
     return _padded(_cut(*conversation_ids(record, tok, tools_indent), max_seq_length), max_seq_length, tok.pad_id)
 
 
-def _read_array(text: str, path: Path) -> Iterator[tuple[int, int, Any]]:
-    """Items of a JSON array with line and size; an error in its syntax ends it, what follows could be anything."""
-    position, line, seen = _SPACE.match(text, text.index("[") + 1).end(), 1, 0
-    while text[position : position + 1] != "]":
-        line, seen = line + text.count("\n", seen, position), position
-        try:
-            item, end = json.JSONDecoder().raw_decode(text, position)
-        except (ValueError, RecursionError) as err:
-            raise DataError(f"{path}:{line}: not JSON ({getattr(err, 'msg', err)}); expected the items of an array of "
-                            "rows; correct the file") from err
-        yield line, end - position, item
-        position = _SPACE.match(text, end).end()
-        if text[position : position + 1] == ",":
-            position = _SPACE.match(text, position + 1).end()
-        elif text[position : position + 1] != "]":
-            line += text.count("\n", seen, position)
-            raise DataError(f"{path}:{line}: expected ',' or ']' after a row of the array, got "
-                            f"{text[position : position + 20]!r}; correct the file")
-    if text[position + 1 :].strip():
-        raise DataError(f"{path}: there is more after the end of the JSON array; put all rows into it")
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as err:
-        raise DataError(f"{path}: the data file cannot be read ({err.strerror}); correct data.train_path or "
-                        "data.eval_path") from err
-
-
-def _read_items(path: Path) -> Iterator[tuple[int, int, Any]]:
-    """(line, size, item) of a file of JSON lines or of one JSON array.
-
-    size: bytes, or characters of an array. item: a DataError for a line that is no JSON.
-    """
-    with _open(path) as file:
-        start = True
-        for number, line in enumerate(file, 1):
-            if start and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-                try:
-                    text = path.read_text(encoding="utf-8-sig")
-                except UnicodeDecodeError as err:
-                    raise DataError(f"{path}: not UTF-8 ({err}); save the file as UTF-8") from err
-                yield from _read_array(text, path)
-                return
-            if not line.strip(b"\xef\xbb\xbf \t\r\n"):
-                continue
-            try:
-                item = json.loads(line.decode("utf-8-sig" if start else "utf-8"))
-            except (ValueError, RecursionError) as err:
-                fault = f"{err.msg}, column {err.colno}" if isinstance(err, json.JSONDecodeError) else str(err)
-                item = DataError(f"not JSON ({fault}): {line[:40].decode('utf-8', 'replace')!r}")
-            start = False
-            yield number, len(line), item
-
-
-def _is_adgen(item: Any, columns: tuple[str, str]) -> bool:
-    """Whether a row is ADGEN's (True) or a conversation (False); DataError for what is no row."""
-    if isinstance(item, DataError):
-        raise item
-    if not isinstance(item, dict):
-        raise DataError(f"expected an object, got {type(item).__name__} {str(item)[:40]!r}")
-    source, target = columns
-    if source in item and target in item:
-        return True
-    if "conversations" in item:
-        return False
-    if source in item or target in item:
-        return True  # its other column is missing, which is said where the texts are taken
-    raise DataError(f"the row has {', '.join(map(repr, item)) or 'no columns'}, expected {source!r} and {target!r} "
-                    "(data.origin_columns) or 'conversations'")
-
-
-def _refuse(path: Path, line: int, err: DataError | PromptError) -> DataError:
-    return DataError(f"{path}:{line}: {err} (data.skip_bad=true skips such rows and counts them)")
-
-
-def read_rows(paths: Sequence[str | Path], data: DataConfig) -> Iterator[dict[str, Any]]:
-    """Rows of data files as they stand there, each checked: ADGEN rows and conversations.
-
-    Raises DataError with file and line for a bad row, or leaves it out if data.skip_bad.
-    """
-    for path in map(Path, paths):
-        for line, _, item in _read_items(path):
-            try:
-                if _is_adgen(item, data.origin_columns):
-                    _texts(item, data.origin_columns)
-                else:
-                    conversation_messages(item)
-            except (DataError, PromptError) as err:
-                if not data.skip_bad:
-                    raise _refuse(path, line, err) from err
-                continue
-            yield item
-
-
-def _spread(lengths: list[int]) -> dict[str, float]:
-    """Mean, median, percentiles and maximum of some lengths in tokens."""
-    p50, p95, p99 = np.percentile(lengths, [50, 95, 99])
-    return {"mean": round(float(np.mean(lengths)), 1), "p50": float(p50), "p95": float(p95), "p99": float(p99),
-            "max": max(lengths)}
+def _spread(lengths: Counter[int]) -> dict[str, float]:
+    """Mean, median, percentiles and maximum of counted lengths in tokens."""
+    each = np.repeat(list(lengths), list(lengths.values()))
+    p50, p95, p99 = np.percentile(each, [50, 95, 99])
+    return {"mean": round(float(each.mean()), 1), "p50": float(p50), "p95": float(p95), "p99": float(p99),
+            "max": int(each.max())}
 
 
 class _Encoding:
@@ -217,87 +117,109 @@ class _Encoding:
     def __init__(self, paths: list[Path], tok: ChatGLM3Tokenizer, data: DataConfig, seq_length: int):
         self.paths, self.tok, self.data, self.seq_length = paths, tok, data, seq_length
         self.join = _Join(tok, data.max_source_length, data.max_target_length)
-        self.lengths: dict[str, list[int]] = {"source": [], "target": [], "conversation": []}  # before cutting
+        self.lengths: dict[str, Counter[int]] = {  # before cutting
+            "source": Counter(), "target": Counter(), "conversation": Counter()}
         self.report: dict[str, Any] = {
-            "files": [path.name for path in paths], "seq_length": seq_length, "rows_read": 0, "rows_kept": 0,
-            "rows_skipped": 0, "skipped": [], "adgen_rows": 0, "conversations": 0, "cut_sources": 0, "cut_answers": 0,
-            "cut_conversations": 0, "tokens": 0, "answer_tokens": 0}
+            "files": [], "seq_length": seq_length, "rows_read": 0, "rows_kept": 0, "rows_skipped": 0, "skipped": [],
+            "adgen_rows": 0, "conversations": 0, "cut_sources": 0, "cut_answers": 0, "cut_conversations": 0,
+            "tokens": 0, "answer_tokens": 0}
 
-    def _prepare(self, item: Any) -> list[str] | Encoded:
+    def _conversation(self, item: Mapping[str, Any]) -> tuple[Encoded, int, int]:
+        """A conversation encoded and cut, and how many of its tokens do not and do carry loss before cutting."""
+        ids, mask = conversation_ids(item, self.tok, self.data.tools_indent)
+        answers = sum(mask)
+        encoded = _cut(ids, mask, self.seq_length)
+        if not answers:
+            raise DataError("no answer to learn: each has 'loss': false; set it for one, or remove the row")
+        if 1 not in encoded[1]:
+            raise DataError(f"no answer begins within the window: it has {self.seq_length} tokens, the row "
+                            f"{len(ids)}; raise max_seq_length, or shorten or remove the row")
+        return encoded, len(ids) - 1 - answers, answers
+
+    def _prepare(self, item: Any) -> list[str] | tuple[Encoded, int, int]:
         """Texts of an ADGEN row, to be encoded with those of others; or a conversation, encoded."""
         data = self.data
-        if _is_adgen(item, data.origin_columns):
-            if data.max_source_length + data.max_target_length + 1 > self.seq_length:  # no fault of this row
-                raise ConfigError(f"data.{data.row_rule} tokens, more than seq_length {self.seq_length}; lower the "
-                                  "lengths in data or raise seq_length")
-            return _texts(item, data.origin_columns)
-        ids, mask = conversation_ids(item, self.tok, data.tools_indent)
-        encoded = _cut(ids, mask, self.seq_length)
-        if 1 not in encoded[1]:
-            raise DataError(f"no answer to learn in the first {self.seq_length} of {len(ids)} tokens; raise "
-                            "max_seq_length, or shorten or remove the row")
-        self.lengths["conversation"].append(len(ids))
-        self.report["cut_conversations"] += len(ids) > self.seq_length
-        return encoded
+        if not is_adgen(item, data.origin_columns):
+            return self._conversation(item)
+        if data.max_source_length + data.max_target_length + 1 > self.seq_length:  # no fault of this row
+            raise ConfigError(f"data.{data.row_rule} tokens, more than seq_length {self.seq_length}; lower the "
+                              "lengths in data or raise seq_length")
+        return row_texts(item, data.origin_columns)
 
-    def _rows(self, progress: bool) -> Iterator[list[list[str] | Encoded]]:
-        """Rows of all files, some at a time, checked and ready to encode."""
-        for path in self.paths:
-            items, size = _read_items(path), path.stat().st_size
+    def _rows(self, progress: bool) -> Iterator[list[tuple[int, int, Any]]]:
+        """(file, line, row) of all files, some at a time, checked and ready to encode."""
+        report = self.report
+        for number, path in enumerate(self.paths):
+            encoding, size, read = file_encoding(path), path.stat().st_size, report["rows_read"]
+            items = read_items(path, encoding)
             with tqdm(total=size, desc=f"encode {path.name}", unit="B", unit_scale=True, disable=not progress) as bar:
                 while some := list(islice(items, ROWS_AT_ONCE)):
-                    self.report["rows_read"] += len(some)
+                    report["rows_read"] += len(some)
                     rows = []
                     for line, _, item in some:
                         try:
-                            rows.append(self._prepare(item))
+                            rows.append((number, line, self._prepare(item)))
                         except (DataError, PromptError) as err:
                             if not self.data.skip_bad:
-                                raise _refuse(path, line, err) from err
-                            self.report["skipped"].append({"file": path.name, "line": line, "reason": str(err)})
+                                raise refuse(path, line, err) from err
+                            report["skipped"].append({"file": path.name, "line": line, "reason": str(err)})
                     yield rows
                     bar.update(sum(size for _, size, _ in some))
                 bar.update(size - bar.n)
+            report["files"].append({"file": path.name, "encoding": ENCODINGS[encoding],
+                                    "rows": report["rows_read"] - read})
 
-    def _join_rows(self, rows: list[list[str] | Encoded], ids_of_texts: list[np.ndarray]) -> Batch:
-        """Ids, mask and lengths of rows, one after the other."""
-        ids, masks = [], []
-        texts = iter(ids_of_texts)
-        for row in rows:
+    def _count(self, kind: int, source: int, target: int, cut_answer: bool) -> None:
+        """Take one row into the report; source and target in tokens before cutting."""
+        report, lengths = self.report, self.lengths
+        report["rows_kept"] += 1
+        report["cut_answers"] += cut_answer
+        if kind == CONVERSATION:
+            report["conversations"] += 1
+            report["cut_conversations"] += source + target + 1 > self.seq_length
+            lengths["conversation"][source + target + 1] += 1
+        else:
+            report["adgen_rows"] += 1
+            report["cut_sources"] += source > self.data.max_source_length
+            lengths["source"][source] += 1
+            lengths["target"][target] += 1
+
+    def _join_rows(self, rows: list[tuple[int, int, Any]], ids_of_texts: list[np.ndarray]) -> EncodedRows:
+        """Rows of a batch one after the other."""
+        ids, masks, origins = [], [], []
+        texts, opening = iter(ids_of_texts), len(self.tok.prefix_ids)
+        for file, line, row in rows:
             if isinstance(row, list):
-                source, target = next(texts), next(texts)
-                self.lengths["source"].append(len(source) + len(self.tok.prefix_ids))
-                self.lengths["target"].append(len(target))
-                row = self.join(source, target)
-            ids += row[0]
-            masks.append(row[1])
+                source_ids, target_ids = next(texts), next(texts)
+                kind, source, target = ADGEN, opening + len(source_ids), len(target_ids)
+                row_ids, mask = self.join(source_ids, target_ids)
+                cut_answer = target > self.data.max_target_length
+            else:
+                kind, ((row_ids, mask), source, target) = CONVERSATION, row
+                cut_answer = mask.count(1) < target
+            self._count(kind, source, target, cut_answer)
+            ids += row_ids
+            masks.append(mask)
+            origins.append((file, line, kind, source, target))
         mask = np.frombuffer(b"".join(masks), np.uint8)
         self.report["tokens"] += len(mask)
         self.report["answer_tokens"] += int(mask.sum())
-        return np.concatenate(ids), mask, [len(mask) for mask in masks]
+        return EncodedRows(np.concatenate(ids), mask, [len(mask) for mask in masks], origins)
 
-    def batches(self, progress: bool) -> Iterator[Batch]:
+    def batches(self, progress: bool) -> Iterator[EncodedRows]:
         """Encode the files batch by batch; the report is complete when all are drawn."""
         waiting = None
         with ThreadPoolExecutor(1) as pool:  # SentencePiece works on the next rows while Python joins the last ones
             for rows in self._rows(progress):
-                texts = [text for row in rows if isinstance(row, list) for text in row]
+                texts = [text for _, _, row in rows if isinstance(row, list) for text in row]
                 encoding = pool.submit(self.tok.encode_batch, texts)
                 if waiting:
                     yield self._join_rows(waiting[0], waiting[1].result())
                 waiting = (rows, encoding) if rows else None
             if waiting:
                 yield self._join_rows(waiting[0], waiting[1].result())
-        self._complete()
-
-    def _complete(self) -> None:
-        report, (source, target, conversation) = self.report, self.lengths.values()
-        report["adgen_rows"], report["conversations"] = len(source), len(conversation)
-        report["rows_kept"] = len(source) + len(conversation)
-        report["rows_skipped"] = len(report["skipped"])
-        report["cut_sources"] = sum(length > self.data.max_source_length for length in source)
-        report["cut_answers"] = sum(length > self.data.max_target_length for length in target)
-        report["lengths"] = {name: _spread(lengths) for name, lengths in self.lengths.items() if lengths}
+        self.report["rows_skipped"] = len(self.report["skipped"])
+        self.report["lengths"] = {name: _spread(lengths) for name, lengths in self.lengths.items() if lengths}
 
 
 def _digest(paths: list[Path], tok: ChatGLM3Tokenizer, data: DataConfig, seq_length: int) -> str:
@@ -305,13 +227,22 @@ def _digest(paths: list[Path], tok: ChatGLM3Tokenizer, data: DataConfig, seq_len
     contents = []
     for path in paths:
         digest = hashlib.sha256()
-        with _open(path) as file:
+        with open_data(path) as file:
             while block := file.read(1 << 20):
                 digest.update(block)
         contents.append(digest.hexdigest())
-    settings = data.model_dump(mode="json", exclude={"train_path", "eval_path", "max_seq_length"})
+    settings = data.model_dump(mode="json", include=SETTINGS)
     all_ = {"format": FORMAT, "files": contents, "tokenizer": tok.digest, "seq_length": seq_length, **settings}
     return hashlib.sha256(json.dumps(all_, sort_keys=True).encode()).hexdigest()
+
+
+def _encode(digest: str, paths: list[Path], tok: ChatGLM3Tokenizer, data: DataConfig, seq_length: int,
+            destination: Path, progress: bool) -> TokenFile:
+    """The token file at `destination`, encoded unless it is there with this digest."""
+    if has_digest(destination, digest):
+        return TokenFile.open(destination)
+    encoding = _Encoding(paths, tok, data, seq_length)
+    return write_token_file(destination, digest, encoding.batches(progress), encoding.report)
 
 
 def encode_files(
@@ -324,17 +255,14 @@ def encode_files(
     seq_length: tokens; a longer conversation is cut.
     The report of the token file counts rows read, kept, skipped (with file, line and reason) and cut, tokens and tokens
     of answers, and describes the lengths before cutting: "source" (with `[gMASK] sop`), "target" (without eos),
-    "conversation".
+    "conversation". cut_answers: rows that lost a part of an answer, of either kind.
     Raises DataError with file and line for a line that is no JSON, a row that is neither form, a missing or blank
     column, a malformed conversation, or one without an answer in its first seq_length tokens; with data.skip_bad such
     rows are skipped and counted.
     """
     paths = [Path(path) for path in paths]
     digest = _digest(paths, tok, data, seq_length)
-    if has_digest(Path(destination), digest):
-        return TokenFile.open(destination)
-    encoding = _Encoding(paths, tok, data, seq_length)
-    return write_token_file(destination, digest, encoding.batches(progress), encoding.report)
+    return _encode(digest, paths, tok, data, seq_length, Path(destination), progress)
 
 
 def prepare_data(config: RunConfig, progress: bool = True) -> dict[str, TokenFile]:
@@ -349,11 +277,10 @@ def prepare_data(config: RunConfig, progress: bool = True) -> dict[str, TokenFil
     if not any(named.values()):
         raise DataError("data.train_path and data.eval_path name no files; give one, or a list of files, to encode")
     tok, seq_length = ChatGLM3Tokenizer(config.model.tokenizer_path), config.model.seq_length
-    folder = Path(config.output_dir) / "tokens"
     token_files = {}
-    for name, paths in named.items():
-        if paths:
-            digest = _digest([Path(path) for path in paths], tok, config.data, seq_length)
-            token_files[name] = encode_files(
-                paths, tok, config.data, seq_length, folder / f"{name}-{digest[:12]}", progress)
+    for name, names in named.items():
+        if paths := [Path(path) for path in names]:
+            digest = _digest(paths, tok, config.data, seq_length)
+            folder = Path(config.output_dir) / "tokens" / f"{name}-{digest[:12]}"
+            token_files[name] = _encode(digest, paths, tok, config.data, seq_length, folder, progress)
     return token_files

@@ -67,7 +67,8 @@ def chat_ids(
 
 def _field(turn: Mapping[str, Any], key: str, kind: type, article_kind: str) -> Any:
     if not isinstance(turn.get(key), kind):
-        raise PromptError(f"{turn['role']}: {key!r} is {turn.get(key, 'missing')!r:.80}, expected {article_kind}")
+        got = f"{turn[key]!r:.80}" if key in turn else "nothing"
+        raise PromptError(f"the {turn['role']} turn's {key!r} is not {article_kind}: got {got}")
     return turn[key]
 
 
@@ -79,14 +80,14 @@ def _turn_messages(turn: Any) -> list[Message]:
     """Messages of one turn of a record: one, or two for a tool turn (the call and its result)."""
     role = turn.get("role") if isinstance(turn, Mapping) else None
     if role not in TURNS:
-        found = f"role {role!r}" if isinstance(turn, Mapping) else f"{type(turn).__name__} {str(turn)[:40]!r}"
-        raise PromptError(f"{found}, expected a dict with one of the roles {', '.join(TURNS)}")
+        found = f"unknown role {role!r}" if isinstance(turn, Mapping) else f"not a dict: got {str(turn)[:40]!r}"
+        raise PromptError(f"{found}: expected a dict with one of the roles {', '.join(TURNS)}")
     loss = turn.get("loss", True)
     if not isinstance(loss, bool):
-        raise PromptError(f"{role}: 'loss' is {loss!r}, expected true or false")
+        raise PromptError(f"the {role} turn's 'loss' is not true or false: got {loss!r}")
     if role == "tool":
         if "observation" not in turn:
-            raise PromptError("tool: 'observation' is missing, expected the tool's result")
+            raise PromptError("the tool turn's 'observation' is missing: expected the tool's result")
         name, parameters = _field(turn, "name", str, "a tool's name"), _field(turn, "parameters", dict, "a dict")
         arguments = ", ".join(f"{key}={value!r}" for key, value in parameters.items())
         call = f"```python\ntool_call({arguments})\n```"
@@ -98,7 +99,7 @@ def _turn_messages(turn: Any) -> list[Message]:
     if role != "assistant":
         return [Message(role, content)]
     if not content.strip():
-        raise PromptError("assistant: the answer is blank; write one or remove the record")
+        raise PromptError("the assistant turn is blank; write an answer or remove the record")
     return [Message(role, content, metadata=turn.get("metadata") or "", loss=loss)]
 
 
@@ -112,7 +113,7 @@ def conversation_messages(record: Mapping[str, Any]) -> list[Message]:
     """
     turns = record.get("conversations") if isinstance(record, Mapping) else None
     if not isinstance(turns, list) or not turns:
-        raise PromptError(f"'conversations' is {str(turns)[:40]!r}, expected a list of turns")
+        raise PromptError(f"'conversations' is not a list of turns: got {str(turns)[:40]!r}")
     messages = []
     if record.get("tools") is not None:
         messages.append(Message("system", TOOLS_PROMPT, tools=record["tools"]))
@@ -122,8 +123,8 @@ def conversation_messages(record: Mapping[str, Any]) -> list[Message]:
         except PromptError as err:
             raise PromptError(f"turn {number} of {len(turns)}: {err}") from err
     if turns[-1]["role"] in ("system", "user"):
-        raise PromptError(f"the conversation ends with a {turns[-1]['role']} turn (turn {len(turns)}): there is no "
-                          "answer to learn; add the assistant's answer or remove that turn")
+        raise PromptError(f"the conversation ends with a {turns[-1]['role']} turn: turn {len(turns)} has no answer to "
+                          "learn; add the assistant's answer or remove that turn")
     return messages
 
 

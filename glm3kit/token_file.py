@@ -1,28 +1,52 @@
-"""The token file: ids and labels of all rows one after the other, memory-mapped, and the batches drawn from it.
+"""The token file: ids and labels of all rows one after the other, memory-mapped.
 
 A token file is a folder: `ids.bin` and `labels.bin` (int32), `offsets.bin` (int64, where each row begins, and the end),
-all little-endian, and `tokens.json` with format version, digest and report. Rows are stored as long as they are and are
-padded when a batch is drawn (the way of nanoGPT's `train.bin`).
+`origins.bin` (int32, five numbers a row: see `Origins`), all little-endian, and `tokens.json` with format version,
+digest and report. Rows are stored as long as they are and are padded when a batch is drawn (the way of nanoGPT's
+`train.bin`).
 
     tokens = TokenFile.open("output/tokens/train-0123456789ab"); ids, labels = tokens[0]
 """
 
 import json
-import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from glm3kit.errors import DataError
 from glm3kit.files import atomic_write, sync
 
-FORMAT = 1
+FORMAT = 2
 IGNORE_INDEX = -100  # a label that does not count in the loss
-_TYPES = {"ids": np.dtype("<i4"), "labels": np.dtype("<i4"), "offsets": np.dtype("<i8")}
+ADGEN, CONVERSATION = 0, 1  # kinds of rows
+_TYPES = {"ids": np.dtype("<i4"), "labels": np.dtype("<i4"), "offsets": np.dtype("<i8"), "origins": np.dtype("<i4")}
+
+
+class EncodedRows(NamedTuple):
+    """Some rows, one after the other, on their way into a token file."""
+
+    ids: np.ndarray  # int32 (N,)
+    mask: np.ndarray  # (N,), not zero where the prediction made there counts; see `shift_labels`
+    lengths: list[int]  # tokens of each row
+    origins: list[tuple[int, int, int, int, int]]  # the fields of `Origins` of each row
+
+
+class Origins(NamedTuple):
+    """Where rows come from, and their lengths in tokens before cutting; int32 (rows,) each.
+
+    source + target + 1 is the whole length: target counts what carries loss but for eos, source the rest.
+    """
+
+    file: np.ndarray  # from 0, as in report["files"]
+    line: np.ndarray  # from 1
+    kind: np.ndarray  # ADGEN or CONVERSATION
+    source: np.ndarray
+    target: np.ndarray
 
 
 def shift_labels(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -39,13 +63,16 @@ class TokenFile:
 
     digest: of the data files, the tokenizer and the settings that they were encoded with.
     report: what was read, kept, skipped and cut; see `encode_files`.
-    longest: tokens of the longest row.
+    lengths: tokens of each row, int64 (rows,); longest: the largest of them.
+    origins: where the rows come from.
     """
 
     def __init__(self, folder: Path, digest: str, report: dict[str, Any], arrays: dict[str, np.ndarray]):
         self.folder, self.digest, self.report = folder, digest, report
         self._ids, self._labels, self._offsets = arrays["ids"], arrays["labels"], arrays["offsets"]
-        self.longest = int(np.diff(self._offsets).max())
+        self.origins = Origins(*arrays["origins"].reshape(-1, len(Origins._fields)).T)
+        self.lengths: np.ndarray = np.diff(self._offsets)
+        self.longest = int(self.lengths.max())
 
     @classmethod
     def open(cls, folder: str | Path) -> "TokenFile":
@@ -60,8 +87,9 @@ class TokenFile:
             raise DataError(f"{folder}: not a token file ({type(err).__name__}: {err}); {advice}") from err
         if version != FORMAT:
             raise DataError(f"{folder}: a token file of format {version}, expected {FORMAT}; {advice}")
-        sizes, offsets = (len(arrays["ids"]), len(arrays["labels"])), arrays["offsets"]
-        if len(offsets) < 2 or offsets[0] != 0 or np.any(np.diff(offsets) <= 0) or sizes != (offsets[-1], offsets[-1]):
+        sizes, offsets = (len(arrays["ids"]), len(arrays["labels"]), len(arrays["origins"])), arrays["offsets"]
+        if (len(offsets) < 2 or offsets[0] != 0 or np.any(np.diff(offsets) <= 0)
+                or sizes != (offsets[-1], offsets[-1], len(Origins._fields) * (len(offsets) - 1))):
             raise DataError(f"{folder}: damaged: {sizes[0]:,} ids and {sizes[1]:,} labels, the offsets end at "
                             f"{int(offsets[-1]):,}; {advice}")
         return cls(folder, digest, report, arrays)
@@ -98,12 +126,10 @@ def _publish(temporary: Path, destination: Path, digest: str) -> None:
 
 
 def write_token_file(
-    destination: str | Path, digest: str, batches: Iterable[tuple[np.ndarray, np.ndarray, list[int]]],
-    report: dict[str, Any]
+    destination: str | Path, digest: str, batches: Iterable[EncodedRows], report: dict[str, Any]
 ) -> TokenFile:
-    """Write a token file whole or not at all, and open it.
+    """Write a token file whole or not at all, and open it; memory holds one batch at a time.
 
-    batches: (ids, mask, lengths) of some rows each, the rows one after the other; see `shift_labels`.
     report: stored at the end, so that drawing the batches may fill it.
     Raises DataError if there are no rows.
     """
@@ -113,16 +139,24 @@ def write_token_file(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        lengths = [0]
-        with open(temporary / "ids.bin", "wb") as ids_file, open(temporary / "labels.bin", "wb") as labels_file:
-            for ids, mask, row_lengths in batches:
-                ids_file.write(ids.astype(_TYPES["ids"]).tobytes())
-                labels_file.write(shift_labels(ids, mask).astype(_TYPES["labels"]).tobytes())
-                lengths += row_lengths
-        if len(lengths) == 1:
+        end = 0
+        with ExitStack() as stack:
+            files = {name: stack.enter_context(open(temporary / f"{name}.bin", "wb")) for name in _TYPES}
+
+            def write(name: str, values: Any) -> None:
+                files[name].write(np.asarray(values, _TYPES[name]).tobytes())
+
+            write("offsets", [0])
+            for ids, mask, lengths, origins in batches:
+                write("ids", ids)
+                write("labels", shift_labels(ids, mask))
+                write("origins", origins)
+                ends = end + np.cumsum(lengths)
+                write("offsets", ends)
+                end = ends[-1]
+        if not end:
             raise DataError(f"no row to encode for {destination}: {report.get('rows_read', 0)} rows were read, none of "
                             "them usable; check the data files")
-        (temporary / "offsets.bin").write_bytes(np.cumsum(lengths, dtype=_TYPES["offsets"]).tobytes())
         for name in _TYPES:
             sync(temporary / f"{name}.bin")
         header = {"format": FORMAT, "digest": digest, "report": report}
@@ -131,70 +165,3 @@ def write_token_file(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return TokenFile.open(destination)
-
-
-class Batches:
-    """Batches of a token file: (input_ids, labels), int32 (batch_size, seq_length), padded with pad_id and -100.
-
-    The rows of an epoch are a permutation seeded by (seed, epoch), cut into global batches of batch_size * ranks rows;
-    rank r takes rows r * batch_size to (r + 1) * batch_size of each. So every rank has the same number of steps, the
-    order does not depend on the number of ranks, and a position in the data is one number, the step.
-
-    len(): steps of all epochs. start_step: where iteration begins, to resume.
-    drop_last: leave the rows of an incomplete global batch out (others take their place in the next epoch); otherwise
-        it is filled up with rows of padding whose labels are all -100.
-    Raises DataError if a row is longer than seq_length, or the rows do not fill one global batch.
-    Example: 10 rows, batch_size 2, 2 ranks -> 2 steps an epoch; with drop_last=False 3.
-    """
-
-    def __init__(
-        self, tokens: TokenFile, batch_size: int, seq_length: int, *, seed: int = 0, rank: int = 0, ranks: int = 1,
-        epochs: int = 1, shuffle: bool = True, drop_last: bool = True, start_step: int = 0, pad_id: int = 0
-    ):
-        assert 0 <= rank < ranks and batch_size > 0
-        if tokens.longest > seq_length:
-            raise DataError(
-                f"{tokens.folder}: rows have up to {tokens.longest} tokens, but seq_length is {seq_length}; make "
-                "max_source_length + max_target_length + 1 (or max_seq_length) in data equal to the model's seq_length "
-                "and encode again")
-        self.global_batch = batch_size * ranks  # rows
-        self.steps_per_epoch = (math.floor if drop_last else math.ceil)(len(tokens) / self.global_batch)
-        if not self.steps_per_epoch:
-            raise DataError(
-                f"{tokens.folder}: {len(tokens)} rows do not fill one batch of {batch_size} rows on each of {ranks} "
-                f"devices ({self.global_batch} rows); lower train.batch_size or give more data")
-        if not 0 <= start_step <= self.steps_per_epoch * epochs:
-            raise DataError(f"{tokens.folder}: start_step is {start_step}, but {epochs} epochs have "
-                            f"{self.steps_per_epoch * epochs} steps; raise train.epochs to train on")
-        self.tokens, self.batch_size, self.seq_length, self.pad_id = tokens, batch_size, seq_length, pad_id
-        self.seed, self.rank, self.epochs, self.shuffle, self.start_step = seed, rank, epochs, shuffle, start_step
-        self._order_of: tuple[int, np.ndarray] | None = None  # the epoch that was drawn from last, and its order
-
-    def __len__(self) -> int:
-        return self.steps_per_epoch * self.epochs
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for step in range(self.start_step, len(self)):
-            yield self.batch(step)
-
-    def epoch_of(self, step: int) -> int:
-        """The epoch, from 0, that a step from 0 belongs to."""
-        return step // self.steps_per_epoch
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if self._order_of is None or self._order_of[0] != epoch:
-            rows = len(self.tokens)
-            order = np.random.default_rng([self.seed, epoch]).permutation(rows) if self.shuffle else np.arange(rows)
-            self._order_of = epoch, order
-        return self._order_of[1]
-
-    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The batch of this rank at a step from 0: input_ids and labels, (batch_size, seq_length)."""
-        first = (step % self.steps_per_epoch) * self.global_batch + self.rank * self.batch_size
-        rows = self._order(self.epoch_of(step))[first : first + self.batch_size]
-        input_ids = np.full((self.batch_size, self.seq_length), self.pad_id, np.int32)
-        labels = np.full((self.batch_size, self.seq_length), IGNORE_INDEX, np.int32)
-        for i, row in enumerate(rows):
-            ids, row_labels = self.tokens[int(row)]
-            input_ids[i, : len(ids)], labels[i, : len(ids)] = ids, row_labels
-        return input_ids, labels

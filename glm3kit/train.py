@@ -17,12 +17,11 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from glm3kit.checkpoint import STRATEGY, load_checkpoint, newest_checkpoint, save_checkpoint, write_strategy
 from glm3kit.config import RunConfig, TrainConfig
-from glm3kit.data import prepare_data
+from glm3kit.data import Batches, prepare_data
 from glm3kit.errors import CheckpointError, DataError, JobError
 from glm3kit.metrics import MetricsWriter, format_step_line
 from glm3kit.model import IGNORE_INDEX, ChatGLM3, slicing
 from glm3kit.parallel import ALONE, AllGather, ReduceScatter, Topology, WorldSum, barrier, shard_of, start_processes
-from glm3kit.token_file import Batches
 from glm3kit.weights import fill_parameters, load_weights, random_weights
 
 Batch = tuple[np.ndarray, np.ndarray]  # input_ids and labels, (B, T) int32 each

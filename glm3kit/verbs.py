@@ -83,7 +83,25 @@ def data(args: argparse.Namespace) -> int:
     """Encode the data files to token files and report on them."""
     from glm3kit.data import prepare_data
 
+    args.overrides += ["data.skip_bad=true"] if args.skip_bad else []
     _print_json({name: tokens.report for name, tokens in prepare_data(_config(args)).items()})
+    return 0
+
+
+def data_tool_alpaca(args: argparse.Namespace) -> int:
+    """Turn ToolAlpaca's records into conversations, one a line."""
+    from collections import Counter
+
+    from glm3kit.rows import reason_of
+    from glm3kit.tool_alpaca import format_tool_alpaca
+
+    report = format_tool_alpaca(args.source, args.destination)
+    print(f"{args.destination}: {report['written']} conversations from {report['instances']} instances in "
+          f"{report['records']} records; {report['without_tool_call']} call no tool")
+    for skipped in report["skipped"]:
+        print(f"skipped: {args.source}:{skipped['line']}: {skipped['where']}: {skipped['reason']}")
+    for reason, count in Counter(reason_of(skipped["reason"]) for skipped in report["skipped"]).most_common():
+        print(f"{count:>6} skipped: {reason}")
     return 0
 
 

@@ -146,12 +146,42 @@ def test_blank_lines_windows_line_ends_and_a_byte_order_mark_are_no_rows(small, 
     assert encode(path, small, tmp_path / "tokens").report["rows_read"] == 2
 
 
+def test_a_chat_of_several_users_without_tools_is_a_row_whose_answers_carry_loss(small, tmp_path):
+    users = [{"role": "user", "content": "问"}, {"role": "user", "content": "答"}]
+    talk = {"conversations": [*users, {"role": "assistant", "content": "好"}]}
+    tokens = encode(write_lines(tmp_path / "rows.json", [talk]), small, tmp_path / "tokens")
+    ids, labels = tokens[0]
+    asked = small.build_chat_input("答", [users[0]])["input_ids"][0]
+    assert ids[: len(asked)].tolist() == asked.tolist()
+    answer = small.build_single_message("assistant", "", "好")
+    assert labels[labels != -100].tolist() == [*answer[1:], small.eos_id]
+
+
+def test_a_gbk_file_gives_the_same_rows_and_the_report_names_its_encoding(small, tmp_path):
+    text = write_lines(tmp_path / "utf.json", [ROW, TALK]).read_text(encoding="utf-8")
+    (tmp_path / "gbk.json").write_bytes(text.encode("gbk"))
+    first, second = (encode(tmp_path / name, small, tmp_path / "t") for name in ("utf.json", "gbk.json"))
+    assert [ids.tolist() for ids, _ in first] == [ids.tolist() for ids, _ in second]
+    assert second.report["files"] == [{"file": "gbk.json", "encoding": "GBK", "rows": 2}]
+
+
+def test_every_row_knows_its_line_and_its_length_before_cutting(small, tmp_path):
+    long = {"content": "裙" * 9, "summary": "b" * 30}
+    (tmp_path / "rows.json").write_text(f"{json.dumps(long)}\n\n{json.dumps(TALK)}\n", encoding="utf-8")
+    origins = encode(tmp_path / "rows.json", small, tmp_path / "tokens").origins
+    assert origins.line.tolist() == [1, 3] and origins.kind.tolist() == [0, 1]
+    # gMASK sop ▁ and 9; ▁ and 30. The answer is mark ▁ new line and ▁好看: 6; 2 + 6 ids stand before it.
+    assert origins.source.tolist() == [12, 8] and origins.target.tolist() == [31, 6]
+
+
 def test_several_files_follow_each_other(small, tmp_path):
     first, second = write_lines(tmp_path / "1.json", numbered(2)), write_lines(tmp_path / "2.json", [ROW])
     data = DataConfig(max_source_length=8, max_target_length=8)
     tokens = encode_files([first, second], small, data, 32, tmp_path / "tokens", progress=False)
     assert small.decode(tokens[2][0]) == "类型#裙 好看的裙子"
-    assert tokens.report["files"] == ["1.json", "2.json"]
+    assert tokens.report["files"] == [{"file": "1.json", "encoding": "UTF-8", "rows": 2},
+                                      {"file": "2.json", "encoding": "UTF-8", "rows": 1}]
+    assert tokens.origins.file.tolist() == [0, 0, 1] and tokens.origins.line.tolist() == [1, 2, 1]
 
 
 def test_the_report_counts_cuts_and_lengths(small, tmp_path):
@@ -159,7 +189,7 @@ def test_the_report_counts_cuts_and_lengths(small, tmp_path):
             {"conversations": [*TALK["conversations"], {"role": "user", "content": "问" * 40},
                                {"role": "assistant", "content": "答"}]}]
     report = encode(write_lines(tmp_path / "rows.json", rows), small, tmp_path / "tokens").report
-    assert (report["cut_sources"], report["cut_answers"], report["cut_conversations"]) == (1, 1, 1)
+    assert (report["cut_sources"], report["cut_answers"], report["cut_conversations"]) == (1, 2, 1)
     assert (report["adgen_rows"], report["conversations"], report["rows_kept"]) == (2, 2, 4)
     # gMASK sop ▁ and the characters; ▁ and the characters
     assert report["lengths"]["source"]["max"] == 3 + 9 and report["lengths"]["target"]["max"] == 1 + 30
@@ -188,23 +218,26 @@ BAD = [
     ('{"content": "a", "summary": ', "not JSON"),
     ("hello", "not JSON"),
     ('{"content": "a", "summary": "b"} {"content": "a"}', "not JSON"),
-    ("5", "expected an object, got int"),
-    ('"text"', "expected an object, got str"),
-    ("{}", "the row has no columns"),
-    ('{"prompt": "a", "answer": "b"}', "the row has 'prompt', 'answer', expected 'content' and 'summary'"),
-    ('{"content": "a"}', "column 'summary' is missing; the row has 'content'"),
+    ("5", "not an object: got int"),
+    ('"text"', "not an object: got str"),
+    ("{}", "neither kind of row: it has no columns"),
+    ('{"prompt": "a", "answer": "b"}', "neither kind of row: it has 'prompt', 'answer', expected"),
+    ('{"content": "a"}', "column 'summary' is missing: the row has 'content'"),
     ('{"summary": "a"}', "column 'content' is missing"),
     ('{"content": "a", "summary": " "}', "column 'summary' is blank"),
     ('{"content": "", "summary": "b"}', "column 'content' is blank"),
-    ('{"content": "a", "summary": null}', "column 'summary' is NoneType"),
-    ('{"content": 5, "summary": "b"}', "column 'content' is int '5'"),
+    ('{"content": "a", "summary": null}', "column 'summary' is no text: got NoneType"),
+    ('{"content": 5, "summary": "b"}', "column 'content' is no text: got int '5'"),
     ('{"content": "a", "summary": "\\ud83d"}', r"U\+D83D, half of a surrogate pair"),
-    ('{"conversations": []}', "expected a list of turns"),
+    ('{"conversations": []}', "'conversations' is not a list of turns"),
     ('{"conversations": [{"role": "user", "content": "a"}]}', "ends with a user turn"),
-    ('{"conversations": [{"role": "bot", "content": "a"}]}', "role 'bot'"),
+    ('{"conversations": [{"role": "user", "content": "a"}, {"role": "tool", "name": "f", "parameters": [1], '
+     '"observation": ""}]}', "the tool turn's 'parameters' is not a dict: got"),
+    ('{"conversations": [{"role": "assistant", "content": "a", "loss": false}]}', "no answer to learn: each has"),
+    ('{"conversations": [{"role": "bot", "content": "a"}]}', "turn 1 of 1: unknown role 'bot'"),
     ('{"conversations": [{"role": "user", "content": "\\udc00"}, {"role": "assistant", "content": "b"}]}', "surrogate"),
     (json.dumps({"conversations": [{"role": "user", "content": "问" * 40}, {"role": "assistant", "content": "a"}]}),
-     "no answer to learn in the first 32"),
+     "no answer begins within the window: it has 32 tokens, the row 52"),
     ("[" * 10000, "not JSON"),
 ]
 
@@ -233,7 +266,7 @@ def test_bad_rows_are_skipped_and_counted_on_request(small, tmp_path):
 
 def test_a_line_that_is_no_utf8_is_an_error_with_file_and_line(small, tmp_path):
     (tmp_path / "rows.json").write_bytes(json.dumps(ROW).encode() + b'\n{"content": "\xff", "summary": "b"}\n')
-    with pytest.raises(DataError, match=r"rows\.json:2: not JSON .*utf-8"):
+    with pytest.raises(DataError, match=r"rows\.json:2: not UTF-8: byte 0xFF, column 14"):
         encode(tmp_path / "rows.json", small, tmp_path / "tokens")
 
 
@@ -242,7 +275,7 @@ def test_a_line_that_is_no_utf8_is_an_error_with_file_and_line(small, tmp_path):
     ('[{"content": "a", "summary": "b"}\n\n{"content": "a", "summary": "b"}]', "rows.json:3: expected ',' or ']'"),
     ('[{"content": "a", "summary": "b"}', "rows.json:1: expected ',' or ']'"),
     ('[{"content": "a", "summary": "b"}]\n{"content": "a", "summary": "b"}', "more after the end"),
-    ('[{"content": "a", "summary": "b"},\n {"content": "a", "summary": 5}]', "rows.json:2: column 'summary' is int"),
+    ('[{"content": "a", "summary": "b"},\n {"content": "a", "summary": 5}]', "rows.json:2: column 'summary' is no"),
     ("[]", "no row to encode"),
     ("", "no row to encode"),
     ("\n\n", "no row to encode"),

@@ -1,0 +1,79 @@
+"""Batches of a token file: shuffled, shared out among the ranks, padded when they are drawn.
+
+    for input_ids, labels in Batches(TokenFile.open(folder), batch_size=4, seq_length=192): ...
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from glm3kit.errors import DataError
+from glm3kit.token_file import IGNORE_INDEX, TokenFile
+
+
+class Batches:
+    """Batches of a token file: (input_ids, labels), int32 (batch_size, seq_length), padded with pad_id and -100.
+
+    The rows of an epoch are a permutation seeded by (seed, epoch), cut into global batches of batch_size * ranks rows;
+    rank r takes rows r * batch_size to (r + 1) * batch_size of each. So every rank has the same number of steps, the
+    order does not depend on the number of ranks, and a position in the data is one number, the step.
+
+    len(): steps of all epochs. start_step: where iteration begins, to resume.
+    drop_last: leave the rows of an incomplete global batch out (others take their place in the next epoch); otherwise
+        it is filled up with rows of padding whose labels are all -100.
+    Raises DataError if a row is longer than seq_length, or the rows do not fill one global batch.
+    Example: 10 rows, batch_size 2, 2 ranks -> 2 steps an epoch; with drop_last=False 3.
+    """
+
+    def __init__(
+        self, tokens: TokenFile, batch_size: int, seq_length: int, *, seed: int = 0, rank: int = 0, ranks: int = 1,
+        epochs: int = 1, shuffle: bool = True, drop_last: bool = True, start_step: int = 0, pad_id: int = 0
+    ):
+        assert 0 <= rank < ranks and batch_size > 0
+        if tokens.longest > seq_length:
+            raise DataError(
+                f"{tokens.folder}: rows have up to {tokens.longest} tokens, but seq_length is {seq_length}; make "
+                "max_source_length + max_target_length + 1 (or max_seq_length) in data equal to the model's seq_length "
+                "and encode again")
+        self.global_batch = batch_size * ranks  # rows
+        self.steps_per_epoch = (math.floor if drop_last else math.ceil)(len(tokens) / self.global_batch)
+        if not self.steps_per_epoch:
+            raise DataError(
+                f"{tokens.folder}: {len(tokens)} rows do not fill one batch of {batch_size} rows on each of {ranks} "
+                f"devices ({self.global_batch} rows); lower train.batch_size or give more data")
+        if not 0 <= start_step <= self.steps_per_epoch * epochs:
+            raise DataError(f"{tokens.folder}: start_step is {start_step}, but {epochs} epochs have "
+                            f"{self.steps_per_epoch * epochs} steps; raise train.epochs to train on")
+        self.tokens, self.batch_size, self.seq_length, self.pad_id = tokens, batch_size, seq_length, pad_id
+        self.seed, self.rank, self.epochs, self.shuffle, self.start_step = seed, rank, epochs, shuffle, start_step
+        self._order_of: tuple[int, np.ndarray] | None = None  # the epoch that was drawn from last, and its order
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch * self.epochs
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for step in range(self.start_step, len(self)):
+            yield self.batch(step)
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch, from 0, that a step from 0 belongs to."""
+        return step // self.steps_per_epoch
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self._order_of is None or self._order_of[0] != epoch:
+            rows = len(self.tokens)
+            order = np.random.default_rng([self.seed, epoch]).permutation(rows) if self.shuffle else np.arange(rows)
+            self._order_of = epoch, order
+        return self._order_of[1]
+
+    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The batch of this rank at a step from 0: input_ids and labels, (batch_size, seq_length)."""
+        first = (step % self.steps_per_epoch) * self.global_batch + self.rank * self.batch_size
+        rows = self._order(self.epoch_of(step))[first : first + self.batch_size]
+        input_ids = np.full((self.batch_size, self.seq_length), self.pad_id, np.int32)
+        labels = np.full((self.batch_size, self.seq_length), IGNORE_INDEX, np.int32)
+        for i, row in enumerate(rows):
+            ids, row_labels = self.tokens[int(row)]
+            input_ids[i, : len(ids)], labels[i, : len(ids)] = ids, row_labels
+        return input_ids, labels
