@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ does
     from glm3kit.prompt import process_response
     from glm3kit.rank_table import merge_rank_tables, read_rank_table
     from glm3kit.tokenizer import ChatGLM3Tokenizer
+    from glm3kit.tools import tool
     from glm3kit.weights import convert_weights, load_weights
     from glm3kit.widgets import chat_widget
 
@@ -27,7 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoConfig", "AutoModel", "ChatGLM3", "ChatGLM3Tokenizer", "ChatSession", "ModelConfig", "RunConfig",
     "chat_widget", "convert_weights", "encode_adgen", "encode_conversation", "load_config", "load_weights",
-    "merge_rank_tables", "process_response", "read_metrics", "read_rank_table",
+    "merge_rank_tables", "process_response", "read_metrics", "read_rank_table", "tool",
 ]
 
 _HOME = {
@@ -41,6 +42,7 @@ _HOME = {
     "convert_weights": "weights", "load_weights": "weights",
     "AutoModel": "model", "ChatGLM3": "model",
     "ChatSession": "chat",
+    "tool": "tools",
     "chat_widget": "widgets",
 }
 

@@ -1,4 +1,4 @@
-"""A conversation with a ChatGLM3: history, roles, tool calls, and text that appears while the model speaks.
+"""A conversation with a ChatGLM3: history, roles, tools, and text that appears while the model speaks.
 
 The form of the history and of tool calls is that of the published ChatGLM3 demos. The model is any callable from the
 ids of a prompt to an iterator of generated ids, so that a test can script it:
@@ -7,56 +7,24 @@ ids of a prompt to an iterator of generated ids, so that a test can script it:
     for text in session.stream("你好"): print(text, end="", flush=True)
 """
 
-import json
 import threading
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from glm3kit import cells, transcript
 from glm3kit.errors import Glm3KitError, PromptError
-from glm3kit.prompt import ASSISTANT, TOOLS_PROMPT, process_response
+from glm3kit.prompt import ASSISTANT, TOOLS_PROMPT, answer_content, chat_ids, code_block, has_tools, process_response
+from glm3kit.text_stream import TextStream
 from glm3kit.tokenizer import ChatGLM3Tokenizer
+from glm3kit.tools import TIMEOUT_S, Tool, cut, run_call
+from glm3kit.window import fit_prompt
 
 ROLES = ("user", "system", "observation")  # those that speak to the model; it answers as "assistant"
 MAX_RESERVE = 256  # tokens; MindFormers' max_decode_length
-
-
-class TextStream:
-    """Ids in, text out: one id at a time, and never half of a character.
-
-    A character may be spread over several byte pieces. Until it is whole its text ends with U+FFFD and is held back.
-    Only the last few ids are decoded again: those of the last visible text are the context that keeps spaces right.
-    Example: the pieces <0xF0> <0x9F> <0x8C> <0xB8> -> "", "", "", "🌸".
-    """
-
-    def __init__(self, tokenizer: ChatGLM3Tokenizer):
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._context = 0  # the ids from here on are decoded again
-        self._told = 0  # the ids before this one have been told
-        self._told_text = ""  # of ids[_context:_told]
-
-    def push(self, token: int) -> str:
-        """Take one id; return the text that has become certain, often none."""
-        self._ids.append(token)
-        text = self._decode()
-        return "" if text.endswith("\ufffd") else self._tell(text)
-
-    def finish(self) -> str:
-        """Return what is still held back, broken characters as U+FFFD."""
-        return self._tell(self._decode())
-
-    def _decode(self) -> str:
-        return self._tokenizer.decode(self._ids[self._context :], errors="ignore")  # an untrained model says anything
-
-    def _tell(self, text: str) -> str:
-        news = text[len(self._told_text) :]
-        if news.strip():  # a context of spaces alone would lose them: a decoder drops the first space of a text
-            self._context = self._told
-            text = self._decode()
-        self._told, self._told_text = len(self._ids), text
-        return news
+MAX_ROUNDS = 5  # tool calls that are answered one after the other before a person is asked
+INTERPRETER = "interpreter"  # the published model names no tool but this when it answers with code
 
 
 class ChatSession:
@@ -65,61 +33,95 @@ class ChatSession:
     tokenizer: turns messages into ids and ids into text.
     reply: callable from the ids of a prompt to an iterator of generated ids; a stop id may end them.
     system: text of a system turn that opens the conversation.
-    tools: descriptions of tools, shown to the model in that turn.
+    tools: functions made with @tool, which `run_tools` runs, or descriptions alone, whose calls you answer yourself
+        as observation; the model is shown both in the system turn.
     seq_length: the model's window in tokens, prompt and reply together; None: no limit.
     reserve: tokens of the window kept free for the reply, 256 or a quarter of the window if that is less.
+    sampling: options of generation that may be changed later (`session.sampling`); `reply` gets them as keywords.
+        None: it gets the ids alone.
 
-    If a prompt would not fit into seq_length - reserve, the oldest turns are left out of it: the system turn and the
-    newest message always stay, a question leaves together with its tool calls and answers, `history` keeps everything.
+    If a prompt would not fit into seq_length - reserve, the oldest turns are left out of it (see glm3kit.window);
+    `history` keeps everything.
 
     history: list of {"role", "content"[, "metadata", "tools"]}; may be assigned while no reply is being generated.
     last_prompt_ids, last_reply_ids: ids of the last turn; left_out: how many messages its prompt left out.
     last_reply: what `ask` returned last.
+    error, unsent: what ended the last reply before its time, and the message that was not answered; None if nothing.
     """
 
     def __init__(
         self,
         tokenizer: ChatGLM3Tokenizer,
-        reply: Callable[[list[int]], Iterable[int]],
+        reply: Callable[..., Iterable[int]],
         system: str | None = None,
-        tools: list[Any] | None = None,
+        tools: Sequence[Tool | Any] | None = None,
         seq_length: int | None = None,
         reserve: int | None = None,
+        sampling: Mapping[str, Any] | None = None,
     ):
         self.tokenizer, self.reply, self.seq_length = tokenizer, reply, seq_length
         self.reserve = min(MAX_RESERVE, (seq_length or 0) // 4) if reserve is None else reserve
-        self._opening: list[dict[str, Any]] = []
-        if system is not None or tools:
-            turn = {"role": "system", "content": TOOLS_PROMPT if system is None else system}
-            self._opening = [turn | ({"tools": tools} if tools else {})]
-        self._busy = threading.Lock()  # held while a reply is being generated
+        self.sampling = None if sampling is None else dict(sampling)
+        registered = [item for item in tools or [] if isinstance(item, Tool)]
+        self.functions = {item.name: item for item in registered}
+        if len(self.functions) < len(registered):
+            raise PromptError(f"two tools have one name: {', '.join(item.name for item in registered)}; rename one")
+        self.tools = [item.to_dict() if isinstance(item, Tool) else item for item in tools or []]
+        self.ask_first = False  # whether whoever shows the session asks before a tool is run
+        self._opening = self._system_turn(system)
+        self._listeners: list[Callable[[], None]] = []
+        self._busy = threading.Lock()  # held while a reply is being generated or a tool runs
         self._stop = threading.Event()
         self._state = threading.Lock()  # history and pending change together
-        self._forget()
+        self._begin(self._opening)
 
-    def _forget(self) -> None:
-        self.history: list[dict[str, Any]] = list(self._opening)
-        self._pending: tuple[dict[str, Any], str] | None = None  # the message being answered, the answer so far
+    def _system_turn(self, text: str | None) -> list[dict[str, Any]]:
+        if text is None and not self.tools:
+            return []
+        turn = {"role": "system", "content": TOOLS_PROMPT if text is None else text}
+        return [turn | ({"tools": self.tools} if self.tools else {})]
+
+    def _begin(self, history: Sequence[dict[str, Any]]) -> None:
+        """Go on from another history."""
+        self.history: list[dict[str, Any]] = list(history)
+        self._pending: tuple[list[dict[str, Any]], str] | None = None  # up to the message being answered; the answer
+        self._counted: list[dict[str, Any]] | None = None  # the history that last_prompt_ids and last_reply_ids end
         self.last_prompt_ids: list[int] = []
         self.last_reply_ids: list[int] = []
         self.last_reply: str | dict[str, Any] = ""
         self.left_out = 0
+        self.error: Exception | None = None
+        self.unsent: dict[str, Any] | None = None
+        self.running_tool: str | None = None
         self._token_times = (0.0, 0.0)  # seconds; first and last token of the last reply
+
+    # what there is to see
 
     @property
     def busy(self) -> bool:
-        """Whether a reply is being generated."""
+        """Whether a reply is being generated or a tool runs."""
         return self._busy.locked()
+
+    @property
+    def progress(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The messages that stand, the one being answered included, and the parts of the reply so far."""
+        with self._state:
+            history, pending = self.history, self._pending
+        if pending is None:
+            return list(history), []
+        said = process_response(pending[1], pending[0])[1]
+        return said[: len(pending[0])], said[len(pending[0]) :]
 
     @property
     def messages(self) -> list[dict[str, Any]]:
         """The history, and while a reply is being generated also its question and what has been said so far."""
-        with self._state:
-            history, pending = self.history, self._pending
-        if pending is None:
-            return list(history)
-        message, said = pending
-        return process_response(said, [*history, message])[1]
+        standing, growing = self.progress
+        return standing + growing
+
+    @property
+    def system(self) -> str:
+        """The text of the system turn at the beginning; "" if there is none."""
+        return self.history[0]["content"] if self.history and self.history[0]["role"] == "system" else ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -127,24 +129,52 @@ class ChatSession:
         first, last = self._token_times
         return (len(self.last_reply_ids) - 1) / (last - first) if last > first else 0.0
 
-    def stop(self) -> None:
-        """End the reply after its next token, from any thread; what was said so far is kept."""
-        self._stop.set()
+    @property
+    def context_used(self) -> int:
+        """Tokens of the last prompt and its reply; of all messages where the history was changed since."""
+        if self.busy or self._counted == self.history:
+            return len(self.last_prompt_ids) + len(self.last_reply_ids)
+        return len(chat_ids(self.history, self.tokenizer)) if self.history else 0
 
-    def clear(self) -> None:
-        """Forget the conversation but for the system turn it was opened with.
+    def _named(self) -> tuple[str, str] | None:
+        """Name and text of the newest message if it names a tool."""
+        last = self.history[-1] if self.history else {}
+        name = (last.get("metadata") or "").strip() if last.get("role") == "assistant" else ""
+        return (name, last["content"]) if name else None
 
-        Raises Glm3KitError while a reply is being generated.
-        """
-        self._claim("cannot clear the conversation")
-        try:
-            self._forget()
-        finally:
-            self._busy.release()
+    @property
+    def pending_code(self) -> str | None:
+        """Code with which the model answered last, for the user to run: its message is named `interpreter`."""
+        named = self._named()
+        if named is None or named[0] != INTERPRETER or INTERPRETER in self.functions:
+            return None
+        return code_block(named[1])
 
-    def transcript(self) -> str:
-        """The history as JSON text."""
-        return json.dumps(self.history, ensure_ascii=False, indent=2)
+    @property
+    def pending_call(self) -> dict[str, Any] | None:
+        """The tool call that the newest message is, as process_response reads it; None if it is none."""
+        named = self._named()
+        if named is None or self.pending_code is not None:
+            return None
+        content = answer_content(*named, has_tools(self.history))
+        assert isinstance(content, dict)
+        return content
+
+    def can_run(self, call: Mapping[str, Any]) -> bool:
+        """Whether `run_tools` would answer a call; else you do, as observation."""
+        described = {item.get("name") for item in self.tools if isinstance(item, Mapping)} - set(self.functions)
+        return bool(self.functions) and call["name"] not in described
+
+    def observe(self, changed: Callable[[], None]) -> Callable[[], None]:
+        """Call `changed`, from any thread, after every change; return a function that ends that."""
+        self._listeners.append(changed)
+        return lambda: self._listeners.remove(changed)
+
+    def _tell(self) -> None:
+        for changed in list(self._listeners):
+            changed()
+
+    # changing the conversation without the model
 
     def _claim(self, what: str) -> None:
         if not self._busy.acquire(blocking=False):
@@ -153,53 +183,97 @@ class ChatSession:
                 "read its stream to the end, close it, or call session.stop() first"
             )
 
-    def _prompt(self, message: dict[str, Any]) -> tuple[list[int], int]:
-        """Ids of a prompt that fits into the window, and how many messages of the history it leaves out."""
-        history, role = self.history, message["role"]
+    @contextmanager
+    def _change(self, what: str) -> Iterator[None]:
+        self._claim(f"cannot {what}")
+        try:
+            yield
+        finally:
+            self._busy.release()
+            self._tell()
 
-        def prompt(told: list[dict[str, Any]]) -> list[int]:
-            return self.tokenizer.build_chat_input(message["content"], history=told, role=role)["input_ids"][0].tolist()
+    def stop(self) -> None:
+        """End the reply after its next token, or the waiting for a tool, from any thread; what was said is kept."""
+        self._stop.set()
 
-        ids = prompt(history)
-        room = len(ids) if self.seq_length is None else self.seq_length - self.reserve
-        if len(ids) <= room:
-            return ids, 0
+    def clear(self) -> None:
+        """Forget the conversation but for the system turn it was opened with.
 
-        opening = 1 if history and history[0]["role"] == "system" else 0
-        # a prompt may begin where somebody asks; tool calls, observations and answers belong to the question before
-        starts = [i for i in range(opening, len(history)) if i == opening or history[i]["role"] in ("user", "system")]
-        if role != "observation" or not starts:  # an observation means nothing without its tool call
-            starts.append(len(history))
-        # what fits still fits with less; if nothing fits, the shortest is left to be reported
-        shortest = len(starts) - 1
-        first = bisect_left(
-            starts, True, hi=shortest, key=lambda start: len(prompt(history[:opening] + history[start:])) <= room
-        )
-        ids = prompt(history[:opening] + history[starts[first] :])
-        if len(ids) > room:
-            company = " together with the system turn" * opening
-            company += " and the tool call that it answers" * (role == "observation")
-            raise PromptError(
-                f"the newest message ({role}) takes {len(ids)} tokens as a prompt{company}, but at most {room} fit "
-                f"(seq_length {self.seq_length}, {self.reserve} of it kept free for the reply); shorten the message "
-                "or the system turn, or use a larger seq_length"
-            )
-        return ids, starts[first] - opening
+        Raises Glm3KitError while a reply is being generated, as all changes do.
+        """
+        with self._change("clear the conversation"):
+            self._begin(self._opening)
 
-    def stream(self, text: Any, role: str = "user") -> Iterator[str]:
+    def set_system(self, text: str) -> None:
+        """Put another text into the system turn at the beginning; the conversation goes on.
+
+        "" takes the turn away, or with tools gives it its default text.
+        """
+        with self._change("change the system turn"):
+            self._opening = self._system_turn(text.strip() or None)
+            rest = self.history[1:] if self.history and self.history[0]["role"] == "system" else self.history
+            self._begin(self._opening + rest)
+
+    def set_sampling(self, **options: Any) -> None:
+        """Change options of generation, from the next reply on."""
+        with self._change("change the sampling"):
+            self.sampling = (self.sampling or {}) | options
+
+    def _spoken(self) -> int:
+        """Where the newest message stands that was said to the model; the opening does not count."""
+        opening = len(self._opening) if self.history[: len(self._opening)] == self._opening else 0
+        for i in range(len(self.history) - 1, opening - 1, -1):
+            if self.history[i]["role"] != "assistant":
+                return i
+        raise Glm3KitError("nothing has been said yet")
+
+    def undo(self) -> dict[str, Any]:
+        """Take back the newest message to the model and what was answered; return that message."""
+        with self._change("undo"):
+            at = self._spoken()
+            taken = self.history[at]
+            self._begin(self.history[:at])
+            return taken
+
+    def rewrite(self, at: int, text: str) -> None:
+        """Let an answer have said something else; what came after it is dropped. at: its place in the history."""
+        with self._change("rewrite an answer"):
+            if not 0 <= at < len(self.history) or self.history[at]["role"] != "assistant":
+                raise PromptError(f"message {at} is no answer; to say something else, use stream(text, role, at={at})")
+            self._begin([*self.history[:at], self.history[at] | {"content": text}])
+
+    def load(self, text: str) -> None:
+        """Go on from a transcript, JSON or Markdown. Raises DataError for a text that is none."""
+        history = transcript.read_transcript(text)
+        with self._change("load a conversation"):
+            self._begin(history)
+
+    def transcript(self) -> str:
+        """The history as JSON text."""
+        return transcript.to_json(self.history)
+
+    # talking to the model
+
+    def stream(self, text: Any, role: str = "user", at: int | None = None) -> Iterator[str]:
         """Say something as `role` and yield the reply's text while it is generated, without white space around it.
 
         text: a string; an observation may also be what a tool returned, which is shown to the model as JSON.
         role: "user", "system" or "observation". The reply ends at one of the tokenizer's stop ids, when the window is
         full, or after `stop()`. Then message and reply are appended to the history together; leaving the loop early
         keeps what was said so far, an exception in `reply` leaves the history as it was.
+        at: say it instead of this message of the history, and drop all after it; default: after the last one.
         Raises PromptError for a message that cannot be sent, Glm3KitError while another reply is being generated.
         """
         if role not in ROLES:
             raise PromptError(f"role {role!r} cannot speak to the model; expected one of {', '.join(ROLES)}")
-        turn = self._turn({"role": role, "content": text})
-        next(turn)  # up to its empty first yield: what is wrong with the message shows here, not at the first token
-        return turn
+        if at is not None and not 0 <= at <= len(self.history):
+            raise PromptError(f"there is no message {at} to go on from; the history has {len(self.history)}")
+        return self._hold("cannot start another reply", self._turn({"role": role, "content": text}, at))
+
+    def regenerate(self) -> Iterator[str]:
+        """Say the newest message again and yield another reply, which takes the place of the last; see `stream`."""
+        at = self._spoken()
+        return self.stream(self.history[at]["content"], self.history[at]["role"], at)
 
     def ask(self, text: Any, role: str = "user") -> str | dict[str, Any]:
         """Say something as `role` and return the whole reply: text, or the dict that process_response makes of a call.
@@ -210,30 +284,110 @@ class ChatSession:
             pass
         return self.last_reply
 
-    def _turn(self, message: dict[str, Any]) -> Iterator[str]:
-        self._claim("cannot start another reply")
+    def stream_tools(self, approve: Callable[[dict[str, Any]], bool] | None = None, rounds: int = MAX_ROUNDS,
+                     timeout_s: float = TIMEOUT_S) -> Iterator[str]:
+        """Answer the model's tool calls, and yield the text of its replies to them; arguments as for `run_tools`."""
+        return self._hold("cannot run a tool", self._answer_calls(approve, rounds, timeout_s))
+
+    def run_tools(self, approve: Callable[[dict[str, Any]], bool] | None = None, rounds: int = MAX_ROUNDS,
+                  timeout_s: float = TIMEOUT_S) -> str | dict[str, Any]:
+        """While the newest message calls a tool: run it, and say its result as observation. Return the last reply.
+
+        Arguments are checked against the tool's schema first. An unknown tool, arguments that do not fit, an
+        exception and no result in time become an observation that says so: the model may try again.
+        approve: is shown each call, {"name", "parameters"}; False leaves it unanswered. Default: all are run.
+        rounds: how many calls are answered; after that the last one is returned, not run.
+        timeout_s: of one call; a tool that takes longer is abandoned, see glm3kit.tools.
+        A call of a tool that is only described is left to you: ask(result, role="observation").
+        """
+        for _ in self.stream_tools(approve, rounds, timeout_s):
+            pass
+        return self.last_reply
+
+    def insert_cell(self) -> None:
+        """Put the code of the last answer into a new cell below the running one. The user reads it, and runs it.
+
+        Raises Glm3KitError if the last answer is no code, or outside of a notebook.
+        """
+        cells.insert_cell(self._code())
+
+    def observe_cell(self) -> Iterator[str]:
+        """Say as observation what the cell of the last answer's code has printed, and yield the reply as `stream`.
+
+        Raises Glm3KitError if the last answer is no code, or no cell has been run since.
+        """
+        return self.stream(cut(cells.last_run(self._code())), "observation")
+
+    def _code(self) -> str:
+        code = self.pending_code
+        if code is None:
+            raise Glm3KitError(f"the last answer is no code (its message is not named {INTERPRETER!r})")
+        return code
+
+    def _hold(self, what: str, steps: Iterator[str]) -> Iterator[str]:
+        """Take some steps with the session claimed. The first is taken at once: what is wrong shows here."""
+        def held() -> Iterator[str]:
+            self._claim(what)
+            try:
+                self._stop.clear()
+                self.error = self.unsent = None
+                yield from steps
+            except Exception as err:
+                self.error = err
+                raise
+            finally:
+                self._pending = self.running_tool = None
+                self._busy.release()
+                self._tell()
+
+        holding = held()
+        next(holding)
+        return holding
+
+    def _turn(self, message: dict[str, Any], at: int | None = None) -> Iterator[str]:
+        history = self.history[:at]
         try:
-            self._stop.clear()
-            self.last_prompt_ids, self.left_out = self._prompt(message)
+            self.last_prompt_ids, self.left_out = fit_prompt(
+                self.tokenizer, history, message, self.seq_length, self.reserve)
             self.last_reply_ids, self._token_times = [], (0.0, 0.0)
-            self._pending = message, ""
+            asked = [*history, message]
+            self._pending = asked, ""
+            self._tell()
             try:
                 yield ""
-                yield from self._generate(message)
+                yield from self._generate(asked)
             except GeneratorExit:  # the reader has left the loop
                 if self.last_reply_ids:
-                    self._append(message)
+                    self._append(asked)
                 raise
-            self._append(message)
-        finally:
-            self._pending = None
-            self._busy.release()
+        except Exception:
+            self.unsent = message
+            raise
+        self._append(asked)
 
-    def _generate(self, message: dict[str, Any]) -> Iterator[str]:
+    def _answer_calls(self, approve: Callable[[dict[str, Any]], bool] | None, rounds: int,
+                      timeout_s: float) -> Iterator[str]:
+        yield ""
+        for _ in range(rounds):
+            call = self.pending_call
+            if call is None or not self.can_run(call) or (approve is not None and not approve(call)):
+                return
+            self.running_tool = call["name"]
+            self._tell()
+            try:
+                observation = run_call(self.functions, call, timeout_s, self._stop.is_set)
+            except InterruptedError:  # by `stop`: the call stays unanswered
+                return
+            self.running_tool = None
+            yield from self._turn({"role": "observation", "content": observation})
+            if self._stop.is_set():
+                return
+
+    def _generate(self, asked: list[dict[str, Any]]) -> Iterator[str]:
         """Yield the reply's text; the whole of it, with its white space and part marks, grows in `_pending`."""
         assistant = self.tokenizer.role_id("assistant")
         said, told, text = "", 0, TextStream(self.tokenizer)
-        source = iter(self.reply(list(self.last_prompt_ids)))
+        source = iter(self.reply(list(self.last_prompt_ids), **(self.sampling or {})))
         try:
             for token in self._until_stop(source):
                 if token == assistant:  # another part of the same reply begins
@@ -241,14 +395,15 @@ class ChatSession:
                     text = TextStream(self.tokenizer)
                 else:
                     said += text.push(token)
-                self._pending = message, said
+                self._pending = asked, said
+                self._tell()
                 shown = said.replace(ASSISTANT, "\n").strip()
                 if len(shown) > told:
                     yield shown[told:]
                     told = len(shown)
         finally:
             said += text.finish()
-            self._pending = message, said
+            self._pending = asked, said
             if hasattr(source, "close"):
                 source.close()  # a generator that holds a model's cache lets go of it now, not when it is collected
         rest = said.replace(ASSISTANT, "\n").strip()[told:]
@@ -267,8 +422,11 @@ class ChatSession:
             if self._stop.is_set() or (self.seq_length is not None and used >= self.seq_length):
                 return
 
-    def _append(self, message: dict[str, Any]) -> None:
+    def _append(self, asked: list[dict[str, Any]]) -> None:
         assert self._pending is not None
-        self.last_reply, history = process_response(self._pending[1], [*self.history, message])
+        self.last_reply, history = process_response(self._pending[1], asked)
         with self._state:
             self.history, self._pending = history, None
+        self._counted = list(history)
+        if self.pending_code is not None:
+            cells.watch()  # from now on, what the user's cells print is kept

@@ -72,7 +72,8 @@ def _field(turn: Mapping[str, Any], key: str, kind: type, article_kind: str) -> 
     return turn[key]
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """What a tool returned, as the model reads it: a string as it is, anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -92,9 +93,9 @@ def _turn_messages(turn: Any) -> list[Message]:
         arguments = ", ".join(f"{key}={value!r}" for key, value in parameters.items())
         call = f"```python\ntool_call({arguments})\n```"
         return [Message("assistant", call, metadata=name, loss=loss),
-                Message("observation", _as_text(turn["observation"]))]
+                Message("observation", as_text(turn["observation"]))]
     if role == "observation" and turn.get("content") is not None:
-        return [Message(role, _as_text(turn["content"]))]
+        return [Message(role, as_text(turn["content"]))]
     content = _field(turn, "content", str, "a text")
     if role != "assistant":
         return [Message(role, content)]
@@ -168,20 +169,20 @@ def _split_arguments(text: str) -> list[str]:
     return [*parts, text[start:]] if text[start:].strip() else parts
 
 
-def _code(text: str) -> str:
+def code_block(text: str) -> str:
     """What stands between the first line of three backquotes and the next; all of a text without them."""
     lines = text.strip().split("\n")
     fences = [i for i, line in enumerate(lines) if line.lstrip().startswith("```")]
     if fences:
         lines = lines[fences[0] + 1 : fences[1] if len(fences) > 1 else None]
-    return "\n".join(lines).strip().removesuffix("```").strip().removesuffix(";")
+    return "\n".join(lines).rstrip().removesuffix("```").rstrip().strip("\n")
 
 
 def _read_tool_call(text: str) -> dict[str, Any]:
     """Parameters of a tool call; PromptError says why a text is none."""
     if len(text) > MAX_TOOL_CALL:
         raise PromptError(f"{len(text):,} characters, more than {MAX_TOOL_CALL:,}")
-    code = _code(text)
+    code = code_block(text).strip().removesuffix(";")
     call = re.match(r"tool_call\s*\(", code)
     if not call or not code.endswith(")"):
         value = _literal(code, json.loads, ast.literal_eval)
@@ -211,6 +212,28 @@ def parse_tool_call(text: str) -> dict[str, Any] | None:
         return None
 
 
+def has_tools(history: Sequence[Any]) -> bool:
+    """Whether the first message of a history is a system turn with tools: then a part with a name is a call."""
+    first = history[0] if history and isinstance(history[0], Mapping) else {}
+    return first.get("role") == "system" and "tools" in first
+
+
+def answer_content(metadata: str, text: str, tools: bool) -> str | dict[str, Any]:
+    """What one assistant's message says: a text, or the dict of a named part (see process_response).
+
+    tools: whether the conversation has tools.
+    """
+    name = metadata.strip()
+    if not name:
+        return text.replace("[[训练时间]]", "2023年")  # the published model writes this mark for its date
+    if not tools:
+        return {"name": name, "content": text}
+    try:
+        return {"name": name, "parameters": _read_tool_call(text)}
+    except PromptError as err:
+        return {"name": name, "content": text, "reason": f"no tool call: {err}"}
+
+
 def process_response(output: str, history: Sequence[Any] | None) -> tuple[str | dict[str, Any], list[Any]]:
     """Read a model's answer; return its content and the history with the answer added. Never raises on any text.
 
@@ -224,21 +247,11 @@ def process_response(output: str, history: Sequence[Any] | None) -> tuple[str | 
     """
     known = history if isinstance(history, list | tuple) else []
     messages = [dict(message) if isinstance(message, Mapping) else message for message in known]
-    first = messages[0] if messages and isinstance(messages[0], Mapping) else {}
-    has_tools = first.get("role") == "system" and "tools" in first
+    tools = has_tools(messages)
     content: str | dict[str, Any] = ""
     for part in [part for part in output.split(ASSISTANT) if part.strip() or "\n" in part] or [""]:
         head, _, body = part.partition("\n") if "\n" in part else ("", "", part)
-        name = head.strip()
-        text = body if name else body.strip()
+        text = body if head.strip() else body.strip()
         messages.append({"role": "assistant", "metadata": head, "content": text})
-        if not name:
-            content = text.replace("[[训练时间]]", "2023年")  # the published model writes this mark for its date
-        elif not has_tools:
-            content = {"name": name, "content": text}
-        else:
-            try:
-                content = {"name": name, "parameters": _read_tool_call(text)}
-            except PromptError as err:
-                content = {"name": name, "content": text, "reason": f"no tool call: {err}"}
+        content = answer_content(head, text, tools)
     return content, messages

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from glm3kit.chat import ChatSession, TextStream
-from glm3kit.errors import Glm3KitError, PromptError
+from glm3kit.chat import ChatSession
+from glm3kit.errors import DataError, Glm3KitError, PromptError
+from glm3kit.text_stream import TextStream
 from glm3kit.tokenizer import ChatGLM3Tokenizer
+from glm3kit.tools import calculate, tool
 
 TINY = Path(__file__).resolve().parent.parent / "glm3kit" / "tiny" / "tokenizer.model"
 WEATHER = [{"name": "weather", "description": "weather of a city", "parameters": {"city": {"type": "string"}}}]
@@ -412,3 +414,251 @@ def test_the_speed_counts_from_the_first_token_on(tokenizer, say, monkeypatch):
     assert session.tokens_per_second == 0.0
     session.ask("你好")
     assert session.tokens_per_second == 2.0  # four tokens in two seconds
+
+
+# changing what was said
+
+def talked(tokenizer, say, *replies, **options):
+    """A session in which "一", "二" ... were said and answered."""
+    session = ChatSession(tokenizer, Script(*map(say, replies)), **options)
+    for question in "一二三四五"[: len(replies)]:
+        session.ask(question)
+    return session
+
+
+def said(session):
+    return [message["content"] for message in session.history]
+
+
+def test_a_past_turn_is_said_differently_and_what_followed_is_dropped(tokenizer, say):
+    session = talked(tokenizer, say, "a", "b", "c")
+    session.reply = Script(say("新"))
+    assert "".join(session.stream("改", at=2)) == "新"
+    assert said(session) == ["一", "a", "改", "新"]
+    prompt = tokenizer.build_chat_input("改", history=session.history[:2])["input_ids"][0].tolist()
+    assert session.reply.prompts == [prompt], "the model sees what stands before, and no more"
+
+
+def test_a_failed_change_of_a_past_turn_leaves_the_conversation_as_it_was(tokenizer, say):
+    session = talked(tokenizer, say, "a", "b")
+    before, session.reply = said(session), broken
+    with pytest.raises(RuntimeError):
+        list(session.stream("改", at=0))
+    assert said(session) == before
+    assert (str(session.error), session.unsent) == ("the card is gone", {"role": "user", "content": "改"})
+    with pytest.raises(PromptError, match="no message 9 to go on from; the history has 4"):
+        session.stream("改", at=9)
+
+
+def test_regenerate_asks_the_same_again_for_another_reply(tokenizer, say):
+    session = talked(tokenizer, say, "a", "b")
+    prompt, session.reply = session.last_prompt_ids, Script(say("B"))
+    assert "".join(session.regenerate()) == "B"
+    assert said(session) == ["一", "a", "二", "B"]
+    assert session.last_prompt_ids == prompt
+
+
+def test_undo_takes_back_question_and_answer_and_never_the_opening(tokenizer, say):
+    session = talked(tokenizer, say, "a", "b", system="导游")
+    assert session.undo() == {"role": "user", "content": "二"}
+    assert said(session) == ["导游", "一", "a"]
+    session.undo()
+    with pytest.raises(Glm3KitError, match="nothing has been said"):
+        session.undo()
+    assert said(session) == ["导游"]
+
+
+def test_an_answer_is_rewritten_and_the_conversation_goes_on_from_there(tokenizer, say):
+    session = talked(tokenizer, say, "a", "b")
+    session.rewrite(1, "A")
+    assert said(session) == ["一", "A"]
+    with pytest.raises(PromptError, match="message 0 is no answer"):
+        session.rewrite(0, "x")
+
+
+def test_another_system_turn_keeps_the_conversation_and_its_tools(tokenizer, say):
+    session = talked(tokenizer, say, "a", system="导游", tools=WEATHER)
+    session.set_system("导购")
+    assert said(session) == ["导购", "一", "a"] and session.history[0]["tools"] == WEATHER
+    session.clear()
+    assert (said(session), session.system) == (["导购"], "导购")
+
+    session = talked(tokenizer, say, "a")
+    session.set_system("导游")
+    session.set_system("")
+    assert (said(session), session.system) == (["一", "a"], "")
+
+
+def test_sampling_reaches_the_model_from_the_next_reply_on(tokenizer, say):
+    seen = []
+
+    def reply(ids, **options):
+        seen.append(options)
+        return iter(say("好"))
+
+    session = ChatSession(tokenizer, reply, sampling={"top_k": 1, "seed": None})
+    session.ask("一")
+    session.set_sampling(top_k=5)
+    session.ask("二")
+    assert seen == [{"top_k": 1, "seed": None}, {"top_k": 5, "seed": None}]
+
+
+def test_a_loaded_transcript_goes_on(tokenizer, say):
+    session = talked(tokenizer, say, "a")
+    other = ChatSession(tokenizer, Script(say("b")))
+    other.load(session.transcript())
+    other.ask("二")
+    assert said(other) == ["一", "a", "二", "b"]
+    with pytest.raises(DataError):
+        other.load("[1]")
+    assert said(other) == ["一", "a", "二", "b"]
+
+
+def test_the_context_is_counted_whatever_happens_to_the_history(tokenizer, say):
+    session = talked(tokenizer, say, "a", "b")
+    assert session.context_used == len(session.last_prompt_ids) + len(session.last_reply_ids)
+    session.undo()
+    whole = tokenizer.build_chat_input("一")["input_ids"].size + len(say("a")) - 1
+    assert session.context_used == whole + 1, "and the id that asks for the next answer"
+    session.clear()
+    assert session.context_used == 0
+
+
+def test_every_change_is_told_until_nobody_wants_to_know(tokenizer, say):
+    session, told = ChatSession(tokenizer, Script(say("一二三"), say("好"))), []
+    end = session.observe(lambda: told.append(len(session.messages)))
+    session.ask("数数")
+    assert told[0] == 2 and told[-1] == 2 and len(told) > 3
+    session.clear()
+    assert told[-1] == 0
+    end()
+    count = len(told)
+    session.ask("你好")
+    assert len(told) == count
+
+
+# tools
+
+def call(name, **parameters):
+    arguments = ", ".join(f"{key}={value!r}" for key, value in parameters.items())
+    return {"content": f"```python\ntool_call({arguments})\n```", "metadata": name}
+
+
+def tool_session(tokenizer, say, *replies, tools=(calculate,)):
+    ids = [say(**reply) if isinstance(reply, dict) else say(reply) for reply in replies]
+    session = ChatSession(tokenizer, Script(*ids), tools=tools)
+    session.ask("多少？")
+    return session
+
+
+def observations(session):
+    return [message["content"] for message in session.history if message["role"] == "observation"]
+
+
+def test_tools_run_one_after_the_other_until_the_model_answers(tokenizer, say):
+    calls = [call("calculate", expression=expression) for expression in ("2*3", "6*7")]
+    session = tool_session(tokenizer, say, *calls, "42。")
+    assert session.pending_call == {"name": "calculate", "parameters": {"expression": "2*3"}}
+    assert session.run_tools() == "42。"
+    assert observations(session) == ["6", "42"]
+    assert session.pending_call is None
+    assert tokenizer.decode(session.last_prompt_ids).count("42") == 1, "the model has read the result"
+
+
+def test_at_most_five_calls_are_answered_in_a_row(tokenizer, say):
+    session = tool_session(tokenizer, say, *[call("calculate", expression=str(i)) for i in range(9)])
+    assert session.run_tools() == {"name": "calculate", "parameters": {"expression": "5"}}
+    assert observations(session) == ["0", "1", "2", "3", "4"]
+    session.run_tools(rounds=1)
+    assert observations(session)[5:] == ["5"]
+
+
+@pytest.mark.parametrize("wrong, finding", [
+    (call("os.system", command="ls"), "there is no tool 'os.system'"),
+    (call("calculate", code="1"), "invalid arguments"),
+    (call("calculate", expression="x"), "is no arithmetic"),
+    ({"content": "tool_call(expression=open('x'))", "metadata": "calculate"}, "is no literal"),
+    ({"content": "[1, 2]", "metadata": "calculate"}, "neither tool_call"),
+])
+def test_a_wrong_call_becomes_an_observation_and_the_model_may_try_again(tokenizer, say, wrong, finding):
+    session = tool_session(tokenizer, say, wrong, "对不起。")
+    assert session.run_tools() == "对不起。"
+    assert finding in json.loads(observations(session)[0])["error"]
+
+
+def test_a_call_that_is_not_approved_stays_for_a_person_to_answer(tokenizer, say):
+    session, asked = tool_session(tokenizer, say, call("calculate", expression="2*3"), "六。"), []
+    session.run_tools(approve=lambda call: asked.append(call))
+    assert asked == [session.pending_call] and observations(session) == []
+    assert session.ask("6", role="observation") == "六。"
+
+
+def test_a_tool_that_is_only_described_is_left_to_a_person(tokenizer, say):
+    for tools in (WEATHER, [calculate, *WEATHER]):
+        session = tool_session(tokenizer, say, call("weather", city="北京"), tools=tools)
+        assert session.run_tools() == {"name": "weather", "parameters": {"city": "北京"}}
+        assert observations(session) == []
+
+
+def test_a_runaway_tool_costs_its_time_limit_and_the_session_goes_on(tokenizer, say):
+    go = threading.Event()
+
+    @tool
+    def wait() -> None:
+        """Wait."""
+        go.wait(30)
+
+    session = tool_session(tokenizer, say, call("wait"), "好。", "好。", tools=[wait])
+    assert session.run_tools(timeout_s=0.1) == "好。"
+    assert "no result within 0.1 s" in observations(session)[0]
+    assert session.ask("再见") == "好。"
+    go.set()
+
+
+def test_a_stop_while_a_tool_runs_leaves_the_call_unanswered(tokenizer, say):
+    entered, go = threading.Event(), threading.Event()
+
+    @tool
+    def wait() -> None:
+        """Wait."""
+        entered.set()
+        go.wait(30)
+
+    session = tool_session(tokenizer, say, call("wait"), "好。", tools=[wait])
+    runner = threading.Thread(target=session.run_tools)
+    runner.start()
+    assert entered.wait(10)
+    assert (session.busy, session.running_tool) == (True, "wait")
+    session.stop()
+    runner.join(10)
+    go.set()
+    assert (session.busy, session.running_tool, observations(session)) == (False, None, [])
+    assert session.pending_call == {"name": "wait", "parameters": {}}
+
+
+def test_two_tools_of_one_name_are_refused(tokenizer):
+    with pytest.raises(PromptError, match="two tools have one name: calculate, calculate"):
+        ChatSession(tokenizer, broken, tools=[calculate, calculate])
+
+
+# the code interpreter
+
+def test_code_is_offered_and_not_taken_for_a_tool(tokenizer, say):
+    code = {"content": "```python\nprint(6 * 7)\n```", "metadata": "interpreter"}
+    for tools in ([], [calculate]):
+        session = tool_session(tokenizer, say, code, tools=tools)
+        assert (session.pending_code, session.pending_call) == ("print(6 * 7)", None)
+        session.run_tools()
+        assert observations(session) == []
+
+
+def test_without_code_or_notebook_there_is_no_cell_and_the_error_says_so(tokenizer, say):
+    session = tool_session(tokenizer, say, "好。", {"content": "1", "metadata": "interpreter"}, tools=[])
+    for action in (session.insert_cell, session.observe_cell):
+        with pytest.raises(Glm3KitError, match="the last answer is no code"):
+            action()
+    session.ask("算")
+    with pytest.raises(Glm3KitError, match="no notebook"):
+        session.insert_cell()
+    with pytest.raises(Glm3KitError, match="no cell was run"):
+        session.observe_cell()

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import re
 from types import MappingProxyType
 
 import numpy as np
@@ -13,6 +14,7 @@ from glm3kit.prompt import (
     TOOLS_PROMPT,
     Message,
     chat_ids,
+    code_block,
     conversation_ids,
     conversation_messages,
     parse_tool_call,
@@ -165,7 +167,47 @@ def test_nothing_that_a_model_writes_is_evaluated(tmp_path):
     assert not mark.exists()
 
 
-# --- answers. The expected values are what the seed's function gives for these texts, worked out by hand.
+@pytest.mark.parametrize("text, code", [
+    ("```python\nfor i in x:\n    print(i)\n```", "for i in x:\n    print(i)"),
+    ("```\n    indented()\n\n    more()\n```\nSo it is.", "    indented()\n\n    more()"),
+    ("Look:\n```python\nprint(1)\n", "print(1)"), ("print(1);", "print(1);"), ("```python\n```", ""), ("", ""),
+])
+def test_the_code_of_an_answer_is_what_stands_in_its_fence(text, code):
+    assert code_block(text) == code
+
+
+# --- answers. The expected values are what the original function gives for these texts, worked out by hand.
+
+
+@pytest.fixture(scope="module")
+def original(shared):
+    """process_response as the document of the original has it; it evaluates, so it only ever sees our own texts."""
+    document = (shared / "seed/glm3.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"^def process_response.*?^    return content, history$", document, re.DOTALL | re.MULTILINE)
+    names = {"deepcopy": copy.deepcopy}
+    exec(source, names)
+    return names["process_response"]
+
+
+def test_well_formed_answers_are_read_as_the_original_reads_them(original, encoded):
+    texts = ["\n 你好\n第二行 ", "\n截至[[训练时间]]。", "\n",
+             "\n 我来查询<|assistant|>track\n```python\ntool_call(symbol='1', n=[1, {'a': None}])\n```",
+             "track \n```\ntool_call()\n```", "track\n```python\ntool_call(\n  a=1,\n  b='x'\n)\n```",
+             "a\n```python\ntool_call(x=1)\n```<|assistant|>\n完了[[训练时间]]"]
+    for row in encoded:
+        texts += [f"{m.metadata}\n{m.content}" for m in conversation_messages(row["record"]) if m.role == "assistant"]
+    compared = 0
+    for text in texts:
+        for history in (TOOLS, [USER], [{"role": "system", "content": "no tools"}, USER]):
+            try:
+                expected = original(text, history)
+            except SyntaxError:  # `from=`, which Python does not take
+                continue
+            assert process_response(text, history) == expected, text
+            compared += 1
+    code = "interpreter\n ```python\nprint(1)\n```"  # with tools the original would run it
+    assert process_response(code, [USER]) == original(code, [USER])
+    assert compared > 150
 
 
 def test_an_answer_is_stripped_and_added_to_the_history():
