@@ -36,6 +36,29 @@ def _add(commands: Any, name: str, run: Callable[[argparse.Namespace], int], exa
     return added
 
 
+def _add_rank_table(commands: Any) -> None:
+    """Add the verbs about rank tables."""
+    merging = "rank-table merge hccl_a.json hccl_b.json -o hccl.json"
+    tables = commands.add_parser("rank-table", help="show, check, wait for, make or merge rank tables",
+                                 epilog=f"example: glm3kit {merging}")
+    tables = tables.add_subparsers(metavar="show|check|wait|make|merge", required=True)
+    show = _add(tables, "show", verbs.rank_table_show, "rank-table show /user/config/jobstart_hccl.json")
+    show.add_argument("--json", action="store_true", help='print it as version "1.0"')
+    check = _add(tables, "check", verbs.rank_table_check, "rank-table check hccl.json")
+    wait = _add(tables, "wait", verbs.rank_table_wait, "rank-table wait --timeout 1800")
+    wait.add_argument("--timeout", metavar="SECONDS", type=float, default=600, help="default: 600")
+    for verb in (show, check, wait):
+        verb.add_argument("path", metavar="PATH", nargs="?", help="default: what RANK_TABLE_FILE or ModelArts provides")
+    make = _add(tables, "make", verbs.rank_table_make, "rank-table make --devices '[0,8)' --server-ip 10.0.0.1")
+    make.add_argument("--devices", metavar="RANGE", help="a half-open range such as '[0,8)'; default: all cards")
+    make.add_argument("--server-ip", metavar="ADDRESS", help="this machine's, which others reach it by; default: "
+                                                             "that of its name, which does for one machine")
+    make.add_argument("-o", dest="output", metavar="FILE", help="default: hccl_8p_01234567_ADDRESS.json")
+    merge = _add(tables, "merge", verbs.rank_table_merge, merging)
+    merge.add_argument("paths", metavar="PATH", nargs="+", help="one table a server")
+    merge.add_argument("-o", dest="output", metavar="FILE", required=True, help="the merged table")
+
+
 def parser() -> argparse.ArgumentParser:
     """All verbs with their arguments."""
     root = argparse.ArgumentParser(prog="glm3kit", description="Fine-tune and talk to ChatGLM3-6B with MindSpore.",
@@ -46,15 +69,7 @@ def parser() -> argparse.ArgumentParser:
     verb = _add(commands, "check", verbs.check, "check configs/tiny.yaml", config=True)
     verb.add_argument("--json", action="store_true", help="print JSON")
 
-    merging = "rank-table merge hccl_a.json hccl_b.json -o hccl.json"
-    tables = commands.add_parser("rank-table", help="show or merge rank tables", epilog=f"example: glm3kit {merging}")
-    tables = tables.add_subparsers(metavar="show|merge", required=True)
-    verb = _add(tables, "show", verbs.rank_table_show, "rank-table show /user/config/jobstart_hccl.json")
-    verb.add_argument("path", metavar="PATH", nargs="?", help="default: what RANK_TABLE_FILE or ModelArts provides")
-    verb.add_argument("--json", action="store_true", help='print it as version "1.0"')
-    verb = _add(tables, "merge", verbs.rank_table_merge, merging)
-    verb.add_argument("paths", metavar="PATH", nargs="+", help="one table a server")
-    verb.add_argument("-o", dest="output", metavar="FILE", required=True, help="the merged table")
+    _add_rank_table(commands)
 
     verb = _add(commands, "convert", verbs.convert, "convert chatglm3-6b models/glm3_6b.safetensors")
     verb.add_argument("source", metavar="SRC", help="a hub folder, or a .safetensors or .ckpt file or folder")

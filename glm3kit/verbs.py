@@ -8,6 +8,9 @@ What a verb needs is imported when it runs: `glm3kit --help` waits for nothing. 
 import argparse
 import json
 import os
+import sys
+from ipaddress import ip_address
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm3kit.errors import ConfigError, JobError, RankTableError
@@ -42,21 +45,62 @@ def check(args: argparse.Namespace) -> int:
     return int(any(item.state == "failed" for item in checks))
 
 
-def rank_table_show(args: argparse.Namespace) -> int:
-    """Show a rank table of any form that is read."""
-    from glm3kit.rank_table import find_rank_table, read_rank_table
+def _rank_table_path(path: str | None) -> str | Path:
+    """The path that was given, else where the platform puts the table."""
+    from glm3kit.rank_table import find_rank_table
 
-    path = args.path or find_rank_table()
-    if path is None:
+    found = path or find_rank_table()
+    if found is None:
         raise RankTableError("no rank table: RANK_TABLE_FILE is not set and /user/config holds none; give a path")
-    table = read_rank_table(path)
+    return found
+
+
+def rank_table_show(args: argparse.Namespace) -> int:
+    """Show a rank table of any form: servers, devices, addresses, ranks."""
+    from glm3kit.cluster import own_addresses
+    from glm3kit.rank_table import format_rank_table, read_rank_table
+
+    table = read_rank_table(_rank_table_path(args.path))
     if args.json:
         _print_json(table.to_dict())
-        return 0
-    print(f"{path}: {table.rank_size} device(s) on {len(table.servers)} server(s)")
-    for server in table.servers:
-        for device in server.devices:
-            print(f"rank {device.rank_id:>3}  {server.server_id}  device {device.device_id}  {device.device_ip}")
+    else:
+        print(format_rank_table(table, own_addresses()))
+    return 0
+
+
+def rank_table_check(args: argparse.Namespace) -> int:
+    """List every fault of a rank table; exit with 1 if there is one."""
+    from glm3kit.rank_table import check_rank_table
+
+    path = _rank_table_path(args.path)
+    faults = check_rank_table(path)
+    print("\n".join(faults) if faults else f"{path}: no fault found")
+    return int(bool(faults))
+
+
+def rank_table_wait(args: argparse.Namespace) -> int:
+    """Wait until the platform has filled the rank table."""
+    from glm3kit.rank_table import wait_for_rank_table
+
+    table = wait_for_rank_table(args.path, args.timeout, say=lambda text: print(text, file=sys.stderr, flush=True))
+    print(f"{table.source}: {table.rank_size} device(s) on {len(table.servers)} server(s)")
+    return 0
+
+
+def rank_table_make(args: argparse.Namespace) -> int:
+    """Make the rank table of this machine, with the addresses of its cards."""
+    from glm3kit.hccn import make_rank_table, parse_devices, table_name
+    from glm3kit.rank_table import ascend_cards
+
+    devices = parse_devices(args.devices) if args.devices else ascend_cards()
+    if not devices:
+        raise RankTableError("this machine shows no Ascend card (/dev/davinci*); give --devices '[0,8)'")
+    table = make_rank_table(devices, args.server_ip)
+    path = args.output or table_name(table)
+    table.save(path)
+    print(f"{path}: {table.rank_size} device(s)")
+    if ip_address(table.servers[0].server_id).is_loopback:
+        print("note: the server's address is a loopback one; with several machines give --server-ip", file=sys.stderr)
     return 0
 
 

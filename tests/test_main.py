@@ -18,7 +18,8 @@ from glm3kit.weights import write_random_hub_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "configs" / "tiny.yaml")
-VERBS = ["check", "rank-table show", "rank-table merge", "convert", "data", "launch", "status", "stop", "logs", "train",
+VERBS = ["check", "rank-table show", "rank-table check", "rank-table wait", "rank-table make",
+         "rank-table merge", "convert", "data", "launch", "status", "stop", "logs", "train",
          "plot", "merge", "evaluate", "predict", "chat", "demo"]
 
 
@@ -108,7 +109,29 @@ def test_rank_tables_are_merged_in_the_order_given_and_shown(tmp_path, capsys):
     assert [server["server_id"] for server in servers] == ["10.0.0.2", "10.0.0.1"]
     assert [device["rank_id"] for server in servers for device in server["device"]] == ["0", "1", "2", "3"]
     assert status_of("rank-table", "show", str(tmp_path / "both.json")) == 0
-    assert "4 device(s) on 2 server(s)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "4 device(s) on 2 server(s)" in printed
+    assert re.search(r"server 10.0.0.1.*: 2 device\(s\)\n  rank  device  address\n +2 +0  192.168.0.1\n", printed)
+
+
+def test_a_rank_table_is_made_named_checked_and_waited_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("glm3kit.hccn.device_addresses", lambda devices, *_: {n: f"10.1.0.{n}" for n in devices})
+    assert status_of("rank-table", "make", "--devices", "[0,2)", "--server-ip", "127.0.1.1") == 0
+    assert "loopback" in capsys.readouterr().err
+    made = "hccl_2p_01_127.0.1.1.json"
+    assert status_of("rank-table", "check", made) == 0
+    assert status_of("rank-table", "wait", made) == 0
+    assert status_of("rank-table", "show", made) == 0
+    printed = capsys.readouterr().out
+    assert f"{made}: no fault found" in printed and "10.1.0.1" in printed
+    Path(made).write_text(Path(made).read_text().replace("10.1.0.0", "x").replace("10.1.0.1", "y"))
+    assert status_of("rank-table", "check", made) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert status_of("rank-table", "make", "--devices", "[0,8]") == 1
+    assert "half-open" in capsys.readouterr().err
+    Path(made).write_text('{"status": "initializing"}')
+    assert status_of("rank-table", "wait", made, "--timeout", "0") == 1
 
 
 def test_without_a_rank_table_show_says_where_it_looked(capsys, monkeypatch):
