@@ -80,6 +80,8 @@ def parser() -> argparse.ArgumentParser:
 
     verb = _add(commands, "data", verbs.data, "data configs/tiny.yaml", config=True)
     verb.add_argument("--skip-bad", action="store_true", help="leave bad rows out, counted and listed in the report")
+    verb.add_argument("--format", choices=["tokens", "mindrecord"], default="tokens",
+                      help="mindrecord: write the rows, padded, for MindSpore's own loaders too")
     verb = _add(commands, "data tool-alpaca", verbs.data_tool_alpaca,
                 "data tool-alpaca train_data.json tool_alpaca.jsonl")
     verb.add_argument("source", metavar="SRC", help="a file of ToolAlpaca's records, such as data/train_data.json")

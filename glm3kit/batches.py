@@ -1,10 +1,13 @@
-"""Batches of a token file: shuffled, shared out among the ranks, padded when they are drawn.
+"""Batches of a token file: shuffled, shared out among the ranks, padded, drawn ahead of their use.
 
     for input_ids, labels in Batches(TokenFile.open(folder), batch_size=4, seq_length=192): ...
 """
 
 import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -12,23 +15,45 @@ from glm3kit.errors import DataError
 from glm3kit.token_file import IGNORE_INDEX, TokenFile
 
 
+def prefetch(draw: Callable[[int], Any], steps: Iterable[int], ahead: int = 2) -> Iterator[Any]:
+    """draw(step) for each step, in order, by a thread that works `ahead` steps before they are asked for.
+
+    An error in `draw` is raised where its result is asked for. The thread ends with the iterator, also if that is
+    closed or thrown away before its end.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="glm3kit-batches")
+    try:
+        waiting: deque[Future] = deque()
+        for step in steps:
+            waiting.append(pool.submit(draw, step))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 class Batches:
-    """Batches of a token file: (input_ids, labels), int32 (batch_size, seq_length), padded with pad_id and -100.
+    """Batches of a token file: (input_ids, labels), int32 (batch_size, length), padded with pad_id and -100.
 
     The rows of an epoch are a permutation seeded by (seed, epoch), cut into global batches of batch_size * ranks rows;
     rank r takes rows r * batch_size to (r + 1) * batch_size of each. So every rank has the same number of steps, the
     order does not depend on the number of ranks, and a position in the data is one number, the step.
 
-    len(): steps of all epochs. start_step: where iteration begins, to resume.
+    len(): steps of all epochs. start_step: where iteration begins, to resume. Iterating draws ahead (see `prefetch`).
     drop_last: leave the rows of an incomplete global batch out (others take their place in the next epoch); otherwise
         it is filled up with rows of padding whose labels are all -100.
+    bucket_lengths: tokens; a global batch is padded to the first of these, then seq_length, that its longest row fits
+        into. All ranks see the same length, and a graph is compiled once for each.
     Raises DataError if a row is longer than seq_length, or the rows do not fill one global batch.
     Example: 10 rows, batch_size 2, 2 ranks -> 2 steps an epoch; with drop_last=False 3.
     """
 
     def __init__(
         self, tokens: TokenFile, batch_size: int, seq_length: int, *, seed: int = 0, rank: int = 0, ranks: int = 1,
-        epochs: int = 1, shuffle: bool = True, drop_last: bool = True, start_step: int = 0, pad_id: int = 0
+        epochs: int = 1, shuffle: bool = True, drop_last: bool = True, start_step: int = 0, pad_id: int = 0,
+        bucket_lengths: Sequence[int] = ()
     ):
         assert 0 <= rank < ranks and batch_size > 0
         if tokens.longest > seq_length:
@@ -47,14 +72,14 @@ class Batches:
                             f"{self.steps_per_epoch * epochs} steps; raise train.epochs to train on")
         self.tokens, self.batch_size, self.seq_length, self.pad_id = tokens, batch_size, seq_length, pad_id
         self.seed, self.rank, self.epochs, self.shuffle, self.start_step = seed, rank, epochs, shuffle, start_step
+        self.lengths = np.array([*sorted(n for n in bucket_lengths if n < seq_length), seq_length])
         self._order_of: tuple[int, np.ndarray] | None = None  # the epoch that was drawn from last, and its order
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.epochs
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for step in range(self.start_step, len(self)):
-            yield self.batch(step)
+        return prefetch(self.batch, range(self.start_step, len(self)))
 
     def epoch_of(self, step: int) -> int:
         """The epoch, from 0, that a step from 0 belongs to."""
@@ -65,15 +90,17 @@ class Batches:
             rows = len(self.tokens)
             order = np.random.default_rng([self.seed, epoch]).permutation(rows) if self.shuffle else np.arange(rows)
             self._order_of = epoch, order
+            return order
         return self._order_of[1]
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The batch of this rank at a step from 0: input_ids and labels, (batch_size, seq_length)."""
-        first = (step % self.steps_per_epoch) * self.global_batch + self.rank * self.batch_size
-        rows = self._order(self.epoch_of(step))[first : first + self.batch_size]
-        input_ids = np.full((self.batch_size, self.seq_length), self.pad_id, np.int32)
-        labels = np.full((self.batch_size, self.seq_length), IGNORE_INDEX, np.int32)
-        for i, row in enumerate(rows):
+        """The batch of this rank at a step from 0: input_ids and labels, (batch_size, length)."""
+        first = (step % self.steps_per_epoch) * self.global_batch
+        rows = self._order(self.epoch_of(step))[first : first + self.global_batch]  # of all ranks
+        length = self.lengths[np.searchsorted(self.lengths, self.tokens.lengths[rows].max())]
+        input_ids = np.full((self.batch_size, length), self.pad_id, np.int32)
+        labels = np.full((self.batch_size, length), IGNORE_INDEX, np.int32)
+        for i, row in enumerate(rows[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]):
             ids, row_labels = self.tokens[int(row)]
             input_ids[i, : len(ids)], labels[i, : len(ids)] = ids, row_labels
         return input_ids, labels

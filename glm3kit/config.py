@@ -114,6 +114,16 @@ class DataConfig(Part):
     max_seq_length: Count | None = None  # for conversations only; else the sum of the two above and 1
     tools_indent: int | None = Field(4, ge=0)  # null: MindFormers' form, 4: the chat prompt's form
     skip_bad: bool = False
+    # Lengths besides seq_length that a batch may be padded to; a graph is compiled for each.
+    bucket_lengths: Annotated[tuple[Count, ...], Field(strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _check_buckets(self) -> "DataConfig":
+        lengths = self.bucket_lengths
+        if list(lengths) != sorted(set(lengths)) or (lengths and lengths[-1] >= self.seq_length):
+            raise ValueError(f"bucket_lengths {list(lengths)} do not rise and stay below seq_length {self.seq_length}, "
+                             "which is the last one by itself")
+        return self
 
     @property
     def seq_length(self) -> int:

@@ -30,6 +30,7 @@ from glm3kit.token_file import (
     EncodedRows,
     TokenFile,
     has_digest,
+    pad_row,
     shift_labels,
     write_token_file,
 )
@@ -69,9 +70,7 @@ def _cut(ids: list[int], mask: list[int], seq_length: int) -> Encoded:
 
 def _padded(row: Encoded, seq_length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     ids, mask = np.concatenate(row[0]), np.frombuffer(row[1], np.uint8)
-    room = (0, seq_length - len(ids))
-    return (np.pad(ids, room, constant_values=pad_id),
-            np.pad(shift_labels(ids, mask), room, constant_values=IGNORE_INDEX))
+    return pad_row(ids, shift_labels(ids, mask), seq_length, pad_id)
 
 
 def encode_adgen(

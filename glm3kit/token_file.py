@@ -58,6 +58,12 @@ def shift_labels(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(mask, np.roll(ids, -1), IGNORE_INDEX).astype(np.int32)
 
 
+def pad_row(ids: np.ndarray, labels: np.ndarray, length: int, pad_id: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A row filled up to `length` with pad_id and -100."""
+    room = (0, length - len(ids))
+    return np.pad(ids, room, constant_values=pad_id), np.pad(labels, room, constant_values=IGNORE_INDEX)
+
+
 class TokenFile:
     """Encoded rows on disk: `len(tokens)` rows, `tokens[i]` -> (ids, labels), int32 arrays without padding.
 

@@ -333,6 +333,7 @@ def run_rank(config: RunConfig, resume: bool = False) -> list[dict]:
     barrier(topology)
     tokens = prepare_data(config, progress=False)["train"]
     rows = dict(batch_size=train.batch_size, seq_length=config.model.seq_length, seed=train.seed,
+                bucket_lengths=config.data.bucket_lengths,
                 rank=topology.data_rank, ranks=topology.data_parallel)
     epoch = Batches(tokens, **rows)
     micro_steps = train.gradient_accumulation_steps

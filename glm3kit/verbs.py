@@ -128,7 +128,16 @@ def data(args: argparse.Namespace) -> int:
     from glm3kit.data import prepare_data
 
     args.overrides += ["data.skip_bad=true"] if args.skip_bad else []
-    _print_json({name: tokens.report for name, tokens in prepare_data(_config(args)).items()})
+    config = _config(args)
+    files = prepare_data(config)
+    _print_json({name: tokens.report for name, tokens in files.items()})
+    if args.format == "mindrecord":
+        from glm3kit.mindrecord import write_mindrecord
+
+        for name, tokens in files.items():
+            folder = Path(config.output_dir) / "mindrecord" / tokens.folder.name
+            path = write_mindrecord(tokens, folder / f"{name}.mindrecord", config.model.seq_length)
+            print(f"{path}: {len(tokens):,} rows of {config.model.seq_length} tokens", file=sys.stderr)
     return 0
 
 

@@ -1,11 +1,12 @@
-"""Batches of a token file: ranks, epochs, resuming, padding."""
+"""Batches of a token file: ranks, epochs, resuming, padding, drawing ahead."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from glm3kit.batches import Batches
+from glm3kit.batches import Batches, prefetch
 from glm3kit.errors import DataError
 from glm3kit.token_file import ADGEN, EncodedRows, TokenFile, write_token_file
 
@@ -29,6 +30,11 @@ def ten(tmp_path_factory) -> TokenFile:
 def rows_of(batches) -> list[list[int]]:
     """Which rows stand in each batch."""
     return [[int(first) - FIRST for first in input_ids[:, 0]] for input_ids, _ in batches]
+
+
+def threads() -> list[str]:
+    """The threads that draw batches."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("glm3kit-batches")]
 
 
 def test_a_batch_is_padded_rows_and_ignored_labels(ten):
@@ -93,3 +99,73 @@ def test_rows_longer_than_the_window_are_an_error_with_both_numbers_and_the_fix(
 def test_a_step_past_the_end_is_an_error(ten):
     with pytest.raises(DataError, match="start_step is 6, but 1 epochs have 5 steps"):
         Batches(ten, 2, 32, start_step=6)
+
+
+# --- padding to a few lengths
+
+
+@pytest.mark.parametrize("ranks", [1, 5])
+def test_a_global_batch_is_padded_to_the_first_bucket_that_its_longest_row_fits_into(ten, ranks):
+    # Rows of 2 to 11 ids, five to a global batch: the longest have 6 and 11.
+    options = dict(ranks=ranks, shuffle=False, drop_last=False, bucket_lengths=(5, 6, 10))
+    shares = [Batches(ten, 5 // ranks, 20, rank=rank, **options) for rank in range(ranks)]
+    for share in shares:
+        assert [ids.shape for ids, _ in share] == [(5 // ranks, 6), (5 // ranks, 20)]
+
+
+def test_every_rank_pads_a_batch_to_the_same_length(ten):
+    options = dict(seed=4, ranks=2, epochs=20, bucket_lengths=(4, 6, 8, 9))
+    shapes = [[ids.shape for ids, _ in Batches(ten, 1, 20, rank=rank, **options)] for rank in range(2)]
+    assert shapes[0] == shapes[1] and {length for _, length in shapes[0]} == {4, 6, 8, 9, 20}
+
+
+def test_buckets_change_the_padding_only(ten):
+    plain, short = Batches(ten, 3, 20, seed=1), Batches(ten, 3, 20, seed=1, bucket_lengths=(8, 12))
+    for (ids, labels), (short_ids, short_labels) in zip(plain, short, strict=True):
+        length = short_ids.shape[1]
+        assert np.array_equal(ids[:, :length], short_ids) and np.array_equal(labels[:, :length], short_labels)
+        assert np.all(ids[:, length:] == 0) and np.all(labels[:, length:] == -100)
+
+
+# --- drawing ahead
+
+
+def test_batches_are_drawn_in_order_and_a_few_ahead():
+    drawn = []
+    source = prefetch(lambda step: drawn.append(step) or step * 10, range(10), ahead=2)
+    assert drawn == []  # nothing before it is asked for
+    assert next(source) == 0
+    assert list(source) == [10 * step for step in range(1, 10)] and drawn == list(range(10))
+
+
+def test_a_batch_is_drawn_while_the_one_before_is_in_use():
+    second = threading.Event()
+    source = prefetch(lambda step: second.set() if step == 1 else None, range(2))
+    next(source)
+    assert second.wait(60)  # without anybody asking for it
+
+
+def test_an_error_while_drawing_is_raised_where_its_batch_is_asked_for():
+    def draw(step: int) -> int:
+        if step == 2:
+            raise OSError("the disk is gone")
+        return step
+
+    source = prefetch(draw, range(5))
+    assert [next(source), next(source)] == [0, 1]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(source)
+    assert not threads()
+
+
+def test_the_thread_ends_with_the_iterator(ten):
+    for _ in Batches(ten, 2, 20):
+        pass
+    assert not threads()
+    source = iter(Batches(ten, 2, 20, epochs=1000))
+    next(source)
+    assert threads()
+    source.close()
+    assert not threads()
+    next(iter(Batches(ten, 2, 20, epochs=1000)))  # thrown away at once
+    assert not threads()

@@ -43,6 +43,13 @@ def test_a_conflicting_seq_length_is_an_error_with_line_and_sum(write):
         load_config(path)
 
 
+@pytest.mark.parametrize("lengths", ["[128, 64]", "[64, 64]", "[64, 192]"])
+def test_lengths_of_buckets_rise_and_stay_below_the_window(write, lengths):
+    with pytest.raises(ConfigError, match=r"run.yaml:2: data: bucket_lengths .* stay below seq_length 192"):
+        load_config(write(f"data:\n  bucket_lengths: {lengths}\n"))
+    assert load_config(write("data:\n  bucket_lengths: [64, 128]\n")).data.bucket_lengths == (64, 128)
+
+
 def test_all_faults_are_reported_together_with_their_lines(write):
     path = write("model:\n  num_layer: 3\n  hidden_size: big\ntrain:\n  epochs: 1.5\n  loss_scale: high\nmodels: 1\n")
     with pytest.raises(ConfigError) as caught:
