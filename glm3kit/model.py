@@ -8,8 +8,9 @@ V vocabulary.
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from math import sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mindspore as ms
 import numpy as np
@@ -18,6 +19,9 @@ from mindspore.common.initializer import Normal, initializer
 
 from glm3kit.config import ModelConfig
 from glm3kit.parallel import ALONE, CopyToSlices, GatherSlices, Slicing, SumOfSlices, Topology
+
+if TYPE_CHECKING:  # it imports this module
+    from glm3kit.generate import Conversation
 
 IGNORE_INDEX = -100  # a label that carries no loss
 MASKED = -65504.0  # added to a score that must not count: the lowest float16
@@ -310,6 +314,11 @@ class ChatGLM3(nn.Cell):
         """Mean loss over the labels that count, a scalar; labels (B, T) int32 are shifted, -100 is ignored."""
         return self.loss_sum(input_ids, labels) / ops.maximum((labels != IGNORE_INDEX).astype(ms.float32).sum(), 1.0)
 
+    def forget_prompts(self) -> None:
+        """Let conversations compute their next prompt whole: call it when weights have been changed in place."""
+        for decoder in chain.from_iterable(self.decoders.values()):
+            decoder.held = []
+
     def generate(self, input_ids: Any, **settings: Any) -> list[np.ndarray]:
         """Prompts and their answers, a row each; see `glm3kit.generate.generate`."""
         from glm3kit.generate import generate  # it imports this module
@@ -319,6 +328,11 @@ class ChatGLM3(nn.Cell):
         """The ids of one answer as they are made; see `glm3kit.generate.stream`."""
         from glm3kit.generate import stream
         return stream(self, input_ids, **settings)
+
+    def conversation(self, **settings: Any) -> "Conversation":
+        """Streams the answers of one conversation, computing only what is new; see `glm3kit.generate.Conversation`."""
+        from glm3kit.generate import Conversation
+        return Conversation(self, **settings)
 
 
 class AutoModel:

@@ -224,7 +224,7 @@ class Trainer:
     """A model with its optimizer state, advanced a step at a time."""
 
     def __init__(self, net: ChatGLM3, config: TrainConfig, total_steps: int, topology: Topology = ALONE):
-        net.set_train()
+        self.net = net.set_train()
         self.config, self.total_steps, self.step = config, total_steps, 0
         self.scale = LossScale(config.loss_scale)
         gradients, totals = Gradients(net, topology), Totals(net, topology)
@@ -280,6 +280,7 @@ class Trainer:
                   "loss_tokens": int(count), "step_time_ms": (time.perf_counter() - started) * 1000}
         self.scale.update(overflow)
         self.step += 1
+        self.net.forget_prompts()  # what conversations have cached is of the weights before
         return record
 
 

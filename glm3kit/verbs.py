@@ -274,7 +274,7 @@ def chat(args: argparse.Namespace) -> int:
 
     net, tokenizer, options = _model(config := _config(args))
     window = config.model.seq_length
-    talk(ChatSession(tokenizer, lambda ids: net.stream(ids, **options), args.system, seq_length=window))
+    talk(ChatSession(tokenizer, net.conversation(**options), args.system, seq_length=window))
     return 0
 
 
