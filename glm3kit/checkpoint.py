@@ -1,63 +1,48 @@
-"""Sharded checkpoints: saving them by all ranks, continuing from them, and merging them into one file.
+"""Checkpoints of a run: saved by all ranks, verified, continued from, by the same ranks or others.
 
 A checkpoint is `checkpoint/step_N/`: `model/rank_R.safetensors` (the weights, once a slice of tensor parallelism),
-`optimizer/rank_R.safetensors` (float32 shards of every rank), `complete.json` (the state of training). It is written
-as `.step_N.tmp` and renamed when all ranks are done, so a folder with the right name is whole. `strategy/strategy.json`
-says how each parameter is sliced: MindSpore's JSON form, with `segments` for the parts of fused weights.
+`optimizer/rank_R.safetensors` (float32 state, every rank its shards), in both `strategy.json` (how they are cut), and
+`complete.json` (the state of training; size and checksum of every file). It is written as `.step_N.tmp` and renamed
+when all ranks are done, so a folder with the right name is whole, unless something damages it later.
 
-    merge("output/tiny", "output/tiny/merged.safetensors")
+    load_checkpoint(usable_checkpoint("output/tiny", topology), net, trainer, topology)
 """
 
+import errno
 import json
 import os
 import re
 import shutil
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from glm3kit.errors import CheckpointError
 from glm3kit.files import atomic_write, sync
-from glm3kit.parallel import Slicing, Topology, barrier
+from glm3kit.layout import Layout, whole_tensors
 from glm3kit.safetensors_file import read_safetensors, write_safetensors
+from glm3kit.strategy import read_strategy, write_strategy
 from glm3kit.tensors import Tensors, TensorSpec, cast
 
 if TYPE_CHECKING:
+    from mindspore import Parameter
+
     from glm3kit.model import ChatGLM3
+    from glm3kit.parallel import Topology
     from glm3kit.train import Trainer
 
 COMPLETE = "complete.json"
-STRATEGY = Path("strategy", "strategy.json")
+STRATEGY = "strategy.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, a limit on the size of files
 
 
 def rank_file(rank: int) -> str:
     return f"rank_{rank}.safetensors"
 
 
-# ---- saving and continuing ----
-
-def write_strategy(path: Path, net: "ChatGLM3", topology: Topology) -> None:
-    """Write how every parameter is sliced.
-
-    `dev_matrix` is the layout of the ranks, `tensor_map` names for each axis of the parameter the axis of that matrix
-    which cuts it, counted from the right (-1: whole), `segments` are the lengths of fused parts.
-    """
-    from glm3kit.model import slicing
-
-    layouts = {}
-    for parameter in net.trainable_params():
-        cut, axes = slicing(parameter.name, net.cfg), [-1] * parameter.ndim
-        if cut:
-            axes[cut.axis] = 0
-        layouts[parameter.name] = {
-            "dev_matrix": [topology.data_parallel, topology.tensor_parallel], "tensor_map": axes,
-            "param_split_shape": [], "indices_offset": [], "field": 0,
-            "opt_weight_shard_step": 0, "opt_weight_shard_size": 0,
-            "segments": list(cut.segments) if cut else []}
-    atomic_write(path, json.dumps({"current_stage": 0, "parallel_strategy_item": {}, "parallel_layout_item": layouts},
-                                  indent=1))
-
+# ---- which checkpoints there are ----
 
 def checkpoints(job_dir: str | Path) -> list[Path]:
     """The complete checkpoints of a job, oldest first."""
@@ -75,142 +60,217 @@ def newest_checkpoint(job_dir: str | Path) -> Path:
     return complete[-1]
 
 
-def save_checkpoint(job_dir: str | Path, net: "ChatGLM3", trainer: "Trainer", topology: Topology, keep: int) -> Path:
-    """Write a checkpoint of the trainer's step, by every rank together; then remove all but the newest `keep`."""
+def _crc32(path: Path) -> str:
+    """The checksum of a file, as zip files have it: it finds damage, not malice, at the speed of memory."""
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return f"{value:08x}"
+
+
+def _marks(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Size and checksum of files, by their path in the folder of the checkpoint."""
+    return {file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "crc32": _crc32(file)}
+            for file in files}
+
+
+def damage(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
+    """What is wrong with a checkpoint, None if nothing is; each of several ranks looks at its share of the files."""
+    try:
+        files = json.loads((path / COMPLETE).read_text(encoding="utf-8"))["files"]
+        for name, mark in sorted(files.items())[rank::ranks]:
+            size = (path / name).stat().st_size
+            if size != mark["bytes"]:
+                return f"{name} has {size} bytes, expected {mark['bytes']}"
+            if _crc32(path / name) != mark["crc32"]:
+                return f"{name} has changed since it was written"
+    except FileNotFoundError as err:
+        return f"{Path(err.filename).relative_to(path)} is missing"
+    except OSError as err:
+        return f"{err.filename} cannot be read ({err.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        return f"{COMPLETE} does not list its files ({err!r})"
+    return None
+
+
+def usable_checkpoint(job_dir: str | Path, topology: "Topology") -> Path:
+    """The newest checkpoint that is as it was written, as all ranks agree; called by every rank.
+
+    One that is damaged is set aside as `step_N.damaged`, with a warning in the log.
+    Raises CheckpointError if none is left.
+    """
+    from glm3kit.parallel import any_rank, barrier
+
+    for path in reversed(checkpoints(job_dir)):
+        fault = damage(path, topology.rank, topology.ranks)
+        if fault:
+            print(f"warning: {path} is damaged: {fault}; it is set aside as {path.name}.damaged, the one before is "
+                  "used", flush=True)
+        if not any_rank(bool(fault), topology):
+            return path
+        if topology.rank == 0:
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
+        barrier(topology)
+    raise CheckpointError(f"{job_dir}: holds no complete checkpoint that is undamaged; start the run anew")
+
+
+# ---- saving ----
+
+def weight_layouts(net: "ChatGLM3", topology: "Topology") -> dict[str, Layout]:
+    """How every parameter of a model is cut."""
+    from glm3kit.model import slicing
+
+    layouts = {}
+    for parameter in net.trainable_params():
+        cut = slicing(parameter.name, net.cfg)
+        axes = tuple((0,) if cut and axis == cut.axis else () for axis in range(parameter.ndim))
+        layouts[parameter.name] = Layout((topology.data_parallel, topology.tensor_parallel), axes,
+                                         segments=cut.segments if cut else (), unit=cut.unit if cut else 1)
+    return layouts
+
+
+def state_layouts(net: "ChatGLM3", state: Iterable["Parameter"], topology: "Topology") -> dict[str, Layout]:
+    """How the optimizer's state is cut: `exp_avg.X` like X, and where it is sharded, flattened and cut once more."""
+    shapes = {parameter.name: tuple(parameter.shape) for parameter in net.trainable_params()}
+    weights, layouts = weight_layouts(net, topology), {}
+    for parameter in state:
+        name = parameter.name.partition(".")[2]
+        layouts[parameter.name] = weights[name] if tuple(parameter.shape) == shapes[name] else replace(
+            weights[name], shards=topology.data_parallel, flattened=shapes[name], step=topology.tensor_parallel)
+    return layouts
+
+
+def _lazily(parameters: Iterable["Parameter"], dtype: str) -> Tensors:
+    """Parameters as tensors to write in another type, each fetched from its device when it is written."""
+    held = {parameter.name: parameter for parameter in parameters}
+    specs = {name: TensorSpec(dtype, tuple(parameter.shape)) for name, parameter in held.items()}
+    return Tensors(specs, lambda name: cast(held[name].float().asnumpy(), dtype, name))
+
+
+def save_checkpoint(job_dir: str | Path, net: "ChatGLM3", trainer: "Trainer", topology: "Topology", keep: int,
+                    data: Mapping[str, Any] | None = None) -> Path:
+    """Write a checkpoint of the trainer's step, by every rank together; then remove all but the newest `keep`.
+
+    data: what the position in the data depends on besides the step; `load_checkpoint` asks for the same.
+    Raises CheckpointError where the disk is full: what was written of it is removed, the checkpoints before stay.
+    """
+    from glm3kit.parallel import barrier
+
     folder = Path(job_dir) / "checkpoint"
     final, temporary = folder / f"step_{trainer.step}", folder / f".step_{trainer.step}.tmp"
     if topology.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+        _clear_unfinished(folder)
         temporary.mkdir(parents=True)
     barrier(topology)
-    if topology.data_rank == 0:
-        weights = {p.name: cast(p.float().asnumpy(), net.cfg.param_dtype, p.name) for p in net.trainable_params()}
-        write_safetensors(temporary / "model" / rank_file(topology.rank), weights, {"format": "ms"})
-    state = {p.name: p.asnumpy() for p in trainer.optimizer.state()}
-    write_safetensors(temporary / "optimizer" / rank_file(topology.rank), state)
-    barrier(topology)
+    try:
+        state = trainer.optimizer.state()
+        written = [temporary / "optimizer" / rank_file(topology.rank)]
+        write_safetensors(written[0], _lazily(state, "float32"))
+        if topology.data_rank == 0:
+            written.append(temporary / "model" / rank_file(topology.rank))
+            write_safetensors(written[1], _lazily(net.trainable_params(), net.cfg.param_dtype), {"format": "ms"})
+        if topology.rank == 0:
+            for part, layouts in (("model", weight_layouts(net, topology)),
+                                  ("optimizer", state_layouts(net, state, topology))):
+                written.append(temporary / part / STRATEGY)
+                write_strategy(written[-1], layouts)
+        atomic_write(temporary / f"rank_{topology.rank}.json", json.dumps(_marks(temporary, written)))
+        barrier(topology)
+        if topology.rank == 0:
+            files = {}
+            for rank in range(topology.ranks):
+                marks = temporary / f"rank_{rank}.json"
+                files |= json.loads(marks.read_text(encoding="utf-8"))
+                marks.unlink()
+            atomic_write(temporary / COMPLETE, json.dumps(trainer.state() | {
+                "data": dict(data or {}), "data_parallel": topology.data_parallel,
+                "tensor_parallel": topology.tensor_parallel, "files": files}, indent=1))
+    except OSError as err:
+        if err.errno not in FULL:
+            raise
+        free = shutil.disk_usage(folder).free
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise CheckpointError(f"{final}: cannot be written: {err.strerror}, {free / 1e9:.3f} GB were free; free some, "
+                              "or lower train.keep_checkpoints, and continue with --resume") from err
     if topology.rank == 0:
-        atomic_write(temporary / COMPLETE, json.dumps(trainer.state() | {
-            "data_parallel": topology.data_parallel, "tensor_parallel": topology.tensor_parallel}, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
+        _set_aside(final)
         os.rename(temporary, final)
         sync(folder)
         for old in checkpoints(job_dir)[:-keep]:
-            shutil.rmtree(old)
+            _set_aside(old)
+        _clear_unfinished(folder)
     barrier(topology)
     return final
 
 
-def load_checkpoint(path: Path, net: "ChatGLM3", trainer: "Trainer", topology: Topology) -> None:
-    """Put weights, optimizer state and training state of a checkpoint of the same layout back.
+def _set_aside(path: Path) -> None:
+    """Take a checkpoint's name from it, so that one whose removal is interrupted does not look whole."""
+    if path.exists():
+        os.rename(path, path.with_name(f".{path.name}.old.tmp"))
 
-    Raises CheckpointError where it was written by another number of ranks, or a tensor is missing or of another shape.
+
+def _clear_unfinished(folder: Path) -> None:
+    """Remove what a run that was killed has left: half a checkpoint, half of one that was being removed."""
+    for path in folder.glob(".step_*.tmp"):
+        shutil.rmtree(path)
+
+
+# ---- continuing ----
+
+def _open(folder: Path, index: int, layouts: Mapping[str, Layout]) -> tuple[Tensors, bool]:
+    """The rank's own file if it was cut as `layouts` say, else whole tensors put together from all; which it is."""
+    stored = read_strategy(folder / STRATEGY)
+    if stored == layouts:
+        return read_safetensors(folder / rank_file(index)), False
+    ranks = {int(path.stem.removeprefix("rank_")): read_safetensors(path) for path in folder.glob("rank_*.safetensors")}
+    return whole_tensors(ranks, stored, str(folder)), True
+
+
+def load_checkpoint(path: Path, net: "ChatGLM3", trainer: "Trainer", topology: "Topology",
+                    data: Mapping[str, Any] | None = None) -> None:
+    """Put weights, optimizer state and training state of a checkpoint back, written by any layout of ranks.
+
+    data: as it was given to `save_checkpoint`.
+    Raises CheckpointError where a tensor is missing or of another shape, or the run has another schedule or other data.
     """
     from mindspore import Tensor
 
-    state = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
-    layout = state["data_parallel"], state["tensor_parallel"]
-    if layout != (topology.data_parallel, topology.tensor_parallel):
-        raise CheckpointError(f"{path}: written by data_parallel {layout[0]} x tensor_parallel {layout[1]}, this run "
-                              f"has {topology.data_parallel} x {topology.tensor_parallel}; continue with the same "
-                              "numbers, or merge the checkpoint and start from the merged weights")
-    for file, parameters in ((path / "model" / rank_file(topology.tensor_rank), net.trainable_params()),
-                             (path / "optimizer" / rank_file(topology.rank), trainer.optimizer.state())):
-        stored = read_safetensors(file)
-        for parameter in parameters:
-            spec = stored.specs.get(parameter.name)
-            if spec is None or spec.shape != tuple(parameter.shape):
-                raise CheckpointError(f"{file}: '{parameter.name}' is {list(spec.shape) if spec else 'missing'}, "
-                                      f"expected {list(parameter.shape)}; the checkpoint is of another model")
-            # In place: compiled graphs hold on to the memory they were compiled with.
-            parameter.copy_(Tensor(cast(stored[parameter.name], "float32")).astype(parameter.dtype))
-    trainer.load_state(state)
+    from glm3kit.model import slicing
+    from glm3kit.parallel import shard_of
 
-
-# ---- merging ----
-
-def _shard_folder(source: Path) -> Path:
-    """The folder of rank files that a job, a checkpoint or such a folder itself names."""
-    for folder in (source, source / "model"):
-        if any(folder.glob("rank_*.safetensors")):
-            return folder
-    return newest_checkpoint(source) / "model"
-
-
-def _read_strategy(source: Path, folder: Path, strategy: str | Path | None) -> dict[str, dict[str, Any]]:
-    """The layout of every parameter, from the given file or the job's."""
-    above = [parent / STRATEGY for parent in (source, *folder.parents[:4])]
-    path = Path(strategy) if strategy else next((path for path in above if path.is_file()), above[0])
-    if path.is_dir():
-        path = path / STRATEGY.name
-    try:
-        layouts = json.loads(path.read_text(encoding="utf-8"))["parallel_layout_item"]
-        return {name: {"devices": tuple(item["dev_matrix"]), "axes": tuple(item["tensor_map"]),
-                       "segments": tuple(item.get("segments", ()))} for name, item in layouts.items()}
-    except OSError as err:
-        raise CheckpointError(f"{path}: cannot be read ({err.strerror}); name the strategy file of the run that wrote "
-                              "the checkpoint") from err
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
-        raise CheckpointError(f"{path}: is no strategy file in MindSpore's JSON form ({err!r}); name the strategy "
-                              "file of the run that wrote the checkpoint") from err
-
-
-def merged_tensors(source: str | Path, strategy: str | Path | None = None) -> Tensors:
-    """The whole weights of a sharded checkpoint, each put together when it is asked for.
-
-    source: a job folder (its newest checkpoint), a checkpoint folder, or a folder of rank_N.safetensors.
-    Raises CheckpointError for missing ranks, cut files, and a strategy that does not fit the shards.
-    """
-    source = Path(source)
-    folder = _shard_folder(source)
-    layouts = _read_strategy(source, folder, strategy)
-    files = {int(path.stem.removeprefix("rank_")): read_safetensors(path) for path in folder.glob("rank_*.safetensors")}
-    names = set.union(*(set(file.specs) for file in files.values()))
-    if names != set(layouts):
-        raise CheckpointError(f"{folder}: the strategy file is of another run: only in the shards "
-                              f"{sorted(names - set(layouts))[:3]}, only in the strategy "
-                              f"{sorted(set(layouts) - names)[:3]}")
-    specs, sources, faults = {}, {}, []
-    for name, layout in layouts.items():
-        axis = next((i for i, mapped in enumerate(layout["axes"]) if mapped >= 0), None)
-        slices = layout["devices"][-1] if axis is not None else 1
-        missing = [rank for rank in range(slices) if rank not in files or name not in files[rank].specs]
-        if missing:
-            faults.append(f"'{name}' is cut into {slices} slices; missing: {', '.join(map(rank_file, missing))}")
-            continue
-        parts = [files[rank].specs[name] for rank in range(slices)]
-        shape = list(parts[0].shape)
-        if axis is not None:
-            shape[axis] *= slices
-            segments = layout["segments"] or (shape[axis],)
-            if sum(segments) != shape[axis] or any(part != parts[0] for part in parts):
-                faults.append(f"'{name}': slices {[list(part.shape) for part in parts]} do not make {sum(segments)} "
-                              f"along axis {axis}")
-                continue
-            sources[name] = Slicing(axis, segments), slices
-        specs[name] = TensorSpec(parts[0].dtype, tuple(shape))
-    if faults:
-        raise CheckpointError(f"{folder}: cannot be merged:\n  " + "\n  ".join(faults) +
-                              "\ncopy the files of all ranks into one folder, with the strategy file of their run")
-
-    def read(name: str) -> np.ndarray:
-        if name not in sources:
-            return files[0][name]
-        cut, slices = sources[name]
-        return cut.whole([files[rank][name] for rank in range(slices)])
-
-    return Tensors(specs, read)
-
-
-def merge(source: str | Path, destination: str | Path, strategy: str | Path | None = None, *, force: bool = False,
-          progress: bool = True) -> Path:
-    """Merge a sharded checkpoint into one .safetensors or .ckpt file with MindSpore's names, a tensor at a time.
-
-    source, strategy: as for `merged_tensors`. An existing destination is replaced only with `force`.
-    Example: merge("output/tiny", "output/tiny/merged.safetensors")
-    """
-    from glm3kit.weights import write_weights
-
-    return write_weights(destination, merged_tensors(source, strategy), force=force, progress=progress)
-
-
+    marker = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
+    data = data or {}
+    changed = [f"{key} {value}, here {data.get(key)}" for key, value in marker["data"].items()
+               if data.get(key) != value]
+    if changed:
+        raise CheckpointError(f"{path}: its place in the data means other rows here: {'; '.join(changed)}; continue "
+                              "with the data, train.seed and rows a step (batch_size x data_parallel x "
+                              "gradient_accumulation_steps) of the run that wrote it")
+    state = trainer.optimizer.state()
+    layouts = (weight_layouts(net, topology), state_layouts(net, state, topology))
+    weights = _open(path / "model", topology.tensor_rank, layouts[0])
+    moments = _open(path / "optimizer", topology.rank, layouts[1])
+    for parameter in (*net.trainable_params(), *state):
+        name, layout = parameter.name, (layouts[0] | layouts[1])[parameter.name]
+        tensors, whole = moments if name in moments[0] else weights
+        if name not in tensors:  # one rank alone keeps no masters of float32 weights
+            name = name.removeprefix("master.")
+        expected = layout.whole_shape(tuple(parameter.shape)) if whole else tuple(parameter.shape)
+        spec = tensors.specs.get(name)
+        if spec is None or spec.shape != expected:
+            raise CheckpointError(f"{path}: '{name}' is {list(spec.shape) if spec else 'missing'}, expected "
+                                  f"{list(expected)}; the checkpoint is of another model")
+        values = tensors[name]
+        if whole:
+            cut = slicing(name, net.cfg)
+            if cut and topology.tensor_parallel > 1:
+                values = cut.part(values, topology.tensor_rank, topology.tensor_parallel)
+            if layout.flattened:
+                values = shard_of(values, topology.data_rank, topology.data_parallel)
+        # In place: compiled graphs hold on to the memory they were compiled with.
+        parameter.copy_(Tensor(cast(values, "float32")).astype(parameter.dtype))
+    trainer.load_state(marker)

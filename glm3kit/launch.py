@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import glm3kit
+from glm3kit.checkpoint import newest_checkpoint
 from glm3kit.config import RunConfig
 from glm3kit.errors import JobError, RankTableError
 from glm3kit.job import LIVE, Job, end_processes, job_processes, last_lines, rank_process
@@ -144,8 +145,6 @@ def _clear(folder: Path, overwrite: bool) -> None:
 
 def _continue(folder: Path) -> None:
     """Refuse a folder without a checkpoint to go on from, or one that is still in use; keep what it holds."""
-    from glm3kit.checkpoint import newest_checkpoint  # here, since it brings MindSpore along
-
     _refuse_left_over(folder)
     newest_checkpoint(folder)
     (folder / "job.json").unlink(missing_ok=True)

@@ -18,7 +18,8 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
 from glm3kit.config import ModelConfig
-from glm3kit.parallel import ALONE, CopyToSlices, GatherSlices, Slicing, SumOfSlices, Topology
+from glm3kit.layout import Slicing
+from glm3kit.parallel import ALONE, CopyToSlices, GatherSlices, SumOfSlices, Topology
 
 if TYPE_CHECKING:  # it imports this module
     from glm3kit.generate import Conversation
@@ -58,11 +59,11 @@ def slicing(name: str, cfg: ModelConfig) -> Slicing | None:
     head, ffn = cfg.kv_channels, cfg.ffn_hidden_size
     queries, keys = cfg.num_attention_heads * head, cfg.multi_query_group_num * head
     if "query_key_value" in name:
-        return Slicing(0, (queries, keys, keys))
+        return Slicing(0, (queries, keys, keys), unit=head)
     if "dense_h_to_4h" in name:
         return Slicing(0, (ffn, ffn))
     if "self_attention.dense" in name:
-        return Slicing(1, (queries,))
+        return Slicing(1, (queries,), unit=head)
     if "dense_4h_to_h" in name:
         return Slicing(1, (ffn,))
     if "embedding_table" in name or "output_layer" in name:

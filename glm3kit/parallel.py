@@ -80,10 +80,16 @@ def start_processes(config: ParallelConfig) -> Topology:
     return Topology(rank, data, tensor, f"data-{column}", f"tensor-{first}")
 
 
+def any_rank(flag: bool, topology: Topology) -> bool:
+    """Whether `flag` is set on any rank; every rank calls it, waits for the others and hears the same."""
+    if topology.ranks == 1:
+        return flag
+    return float(ops.AllReduce()(Tensor(np.full(1, flag, np.float32))).asnumpy()[0]) > 0
+
+
 def barrier(topology: Topology) -> None:
     """Wait until every rank is here."""
-    if topology.ranks > 1:
-        ops.AllReduce()(Tensor(np.zeros(1, np.float32))).asnumpy()
+    any_rank(False, topology)
 
 
 def on_ascend() -> bool:
@@ -160,31 +166,6 @@ class WorldSum(nn.Cell):
 
 
 # ---- slices of a layer, over the ranks of tensor parallelism ----
-
-@dataclass(frozen=True)
-class Slicing:
-    """How a parameter is cut for tensor parallelism: along `axis`, each of the `segments` (their lengths) on its own.
-
-    Fused matrices have several segments: a slice of query_key_value holds some heads of each of q, k and v.
-    """
-
-    axis: int
-    segments: tuple[int, ...]
-
-    def part(self, values: np.ndarray, rank: int, ranks: int) -> np.ndarray:
-        """The slice of one of `ranks` ranks."""
-        starts = np.cumsum((0, *self.segments[:-1]))
-        take = [slice(start + rank * length // ranks, start + (rank + 1) * length // ranks)
-                for start, length in zip(starts, self.segments, strict=True)]
-        parts = [values[s] if self.axis == 0 else values[:, s] for s in take]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, self.axis)
-
-    def whole(self, parts: list[np.ndarray]) -> np.ndarray:
-        """Put the slices of all ranks together again."""
-        ends = np.cumsum([length // len(parts) for length in self.segments])[:-1]
-        by_segment = zip(*(np.split(part, ends, self.axis) for part in parts), strict=True)
-        return np.concatenate([piece for segment in by_segment for piece in segment], self.axis)
-
 
 class CopyToSlices(nn.Cell):
     """Before a column-parallel matrix: the same input for every slice; their gradients add up."""

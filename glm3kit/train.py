@@ -15,13 +15,14 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from glm3kit.checkpoint import STRATEGY, load_checkpoint, newest_checkpoint, save_checkpoint, write_strategy
+from glm3kit.checkpoint import STRATEGY, load_checkpoint, save_checkpoint, usable_checkpoint, weight_layouts
 from glm3kit.config import RunConfig, TrainConfig
 from glm3kit.data import Batches, prepare_data
 from glm3kit.errors import CheckpointError, DataError, JobError
 from glm3kit.metrics import MetricsWriter, format_step_line
 from glm3kit.model import IGNORE_INDEX, ChatGLM3, slicing
 from glm3kit.parallel import ALONE, AllGather, ReduceScatter, Topology, WorldSum, barrier, shard_of, start_processes
+from glm3kit.strategy import write_strategy
 from glm3kit.weights import fill_parameters, load_weights, random_weights
 
 Batch = tuple[np.ndarray, np.ndarray]  # input_ids and labels, (B, T) int32 each
@@ -348,10 +349,12 @@ def run_rank(config: RunConfig, resume: bool = False) -> list[dict]:
         print(f"model.checkpoint_name_or_path is not set: starting from random weights, seed {train.seed}")
         fill_parameters(net, random_weights(config.model, train.seed))
     trainer = Trainer(net, train, total_steps, topology)
+    data = {"digest": tokens.digest, "seed": train.seed, "rows_per_step": epoch.global_batch * micro_steps,
+            "rows_per_epoch": epoch.global_batch * epoch.steps_per_epoch}
     if resume:
-        load_checkpoint(newest_checkpoint(job_dir), net, trainer, topology)
-    elif topology.rank == 0:
-        write_strategy(job_dir / STRATEGY, net, topology)
+        load_checkpoint(usable_checkpoint(job_dir, topology), net, trainer, topology, data)
+    if topology.rank == 0:
+        write_strategy(job_dir / "strategy" / STRATEGY, weight_layouts(net, topology))
     metrics = MetricsWriter(job_dir / "metrics.jsonl") if topology.rank == 0 else None
 
     def on_step(record: dict, trainer: Trainer) -> None:
@@ -364,7 +367,7 @@ def run_rank(config: RunConfig, resume: bool = False) -> list[dict]:
         if step % train.log_steps == 0 or step == total_steps:
             print(format_step_line(record, epochs, epoch.steps_per_epoch // micro_steps), flush=True)
         if step == total_steps or (train.save_steps and step % train.save_steps == 0):
-            save_checkpoint(job_dir, net, trainer, topology, train.keep_checkpoints)
+            save_checkpoint(job_dir, net, trainer, topology, train.keep_checkpoints, data)
 
     batches = Batches(tokens, **rows, epochs=epochs, start_step=trainer.step * micro_steps)
     return run_steps(trainer, batches, on_step)

@@ -218,7 +218,7 @@ def plot(args: argparse.Namespace) -> int:
 
 def merge(args: argparse.Namespace) -> int:
     """Merge the shards of a checkpoint into one file of weights."""
-    from glm3kit.checkpoint import merge
+    from glm3kit.merge import merge
 
     path = merge(args.source, args.destination, args.strategy, force=args.force)
     print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")

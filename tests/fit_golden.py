@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from glm3kit.checkpoint import save_checkpoint, write_strategy
+from glm3kit.checkpoint import save_checkpoint
 from glm3kit.config import ModelConfig, ParallelConfig, TrainConfig
 from glm3kit.launch import rank_process
 from glm3kit.model import ChatGLM3
@@ -43,7 +43,6 @@ def main(golden: Path, output: Path, data_parallel: int, tensor_parallel: int) -
     records = run_steps(trainer, [(ids[ours], labels[ours]) for ids, labels in batches])
     if topology.rank == 0:
         (output / "records.json").write_text(json.dumps(records))
-        write_strategy(output / "strategy" / "strategy.json", net, topology)
     save_checkpoint(output, net, trainer, topology, keep=1)
 
 
