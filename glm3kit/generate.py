@@ -66,6 +66,15 @@ def _limits(rows: list[np.ndarray], settings: Settings, window: int) -> list[int
     return [min(longest, len(row) + (settings.max_new_tokens or longest)) for row in rows]
 
 
+def _settings(net: ChatGLM3, values: dict[str, Any]) -> Settings:
+    """The settings as given; ConfigError for draws that ranks sharing the model would each make on their own."""
+    settings = Settings(**values)
+    if settings.do_sample and settings.seed is None and net.topology.tensor_parallel > 1:
+        raise ConfigError("generate: seed is None, expected a number: the processes that share this model must all "
+                          "draw the same tokens")
+    return settings
+
+
 def _check_finite(highest: np.ndarray, tokens: int) -> None:
     """Raise Glm3KitError unless the highest logits, after so many tokens, are numbers."""
     if not np.isfinite(highest).all():
@@ -145,7 +154,7 @@ def generate(net: ChatGLM3, input_ids: Any, **settings: Any) -> list[np.ndarray]
     settings out of range; Glm3KitError if the model gives no numbers.
     Example: generate(net, [[64790, 64792, 30910], [64790, 64792]], max_new_tokens=20)
     """
-    chosen = Settings(**settings)
+    chosen = _settings(net, settings)
     prompts = prompt_rows(input_ids, net.cfg.padded_vocab_size)
     limits = _limits(prompts, chosen, net.cfg.seq_length)
     if chosen.num_beams > 1:
@@ -167,7 +176,7 @@ def stream(net: ChatGLM3, input_ids: Any, owner: object = None, **settings: Any)
     The iterator may be closed early, and used in any thread.
     Example: for token in stream(net, [64790, 64792, 30910], max_new_tokens=20): print(token)
     """
-    chosen = Settings(**settings)
+    chosen = _settings(net, settings)
     if chosen.num_beams > 1:
         raise ConfigError(f"stream: num_beams is {chosen.num_beams}, expected 1: beam search knows its first token "
                           "only at the end; use generate")
@@ -189,7 +198,7 @@ class Conversation:
     """
 
     def __init__(self, net: ChatGLM3, **settings: Any):
-        Settings(**settings)  # errors now, not with the first turn
+        _settings(net, settings)  # errors now, not with the first turn
         self.net, self.settings = net, settings
 
     def __call__(self, input_ids: Any, **changes: Any) -> Iterator[int]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from generate_rank import answers
 
 from glm3kit.config import ParallelConfig, RunConfig
 from glm3kit.errors import ConfigError
@@ -68,3 +69,15 @@ def test_processes_train_as_one_and_merge_to_its_weights(data_parallel, tensor_p
         difference = np.abs(merged[name] - one[name]).max()
         if not name.endswith("query_key_value.bias"):  # some of it is noise: see test_train.py
             assert difference <= 1e-4 * np.abs(one[name]).max(), (name, difference)
+
+
+@pytest.mark.ranks
+def test_processes_that_share_a_model_generate_as_one(tmp_path):
+    config = RunConfig(name="job", output_dir=str(tmp_path),
+                       parallel=ParallelConfig(tensor_parallel=2, device_target="CPU"))
+    command = [str(Path(__file__).with_name("generate_rank.py")), str(config.job_dir), "2"]
+    job = start_job(config, local_rank_table(2), command=command).wait(timeout_s=240)
+    first, second = (json.loads((job.folder / f"answers_{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert "seed is None, expected a number" in first.pop("without a seed")
+    assert first == answers()
