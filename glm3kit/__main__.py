@@ -80,6 +80,8 @@ def parser() -> argparse.ArgumentParser:
 
     verb = _add(commands, "data", verbs.data, "data configs/tiny.yaml", config=True)
     verb.add_argument("--skip-bad", action="store_true", help="leave bad rows out, counted and listed in the report")
+    verb.add_argument("--report", action="store_true",
+                      help="what to know before training: lengths, windows, overlap, samples; as a page too")
     verb.add_argument("--format", choices=["tokens", "mindrecord"], default="tokens",
                       help="mindrecord: write the rows, padded, for MindSpore's own loaders too")
     verb = _add(commands, "data tool-alpaca", verbs.data_tool_alpaca,

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, Protocol
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -177,6 +178,33 @@ def loss_figure(records: Iterable[Mapping[str, Any]], title: str | None = None) 
     rows[-1, 0].set_xlabel("step")
     rows[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.align_ylabels()
+    return figure
+
+
+def _draw_lengths(axes: Axes, lengths: np.ndarray, limit: int | None, label: str) -> None:
+    top = max(int(np.percentile(lengths, 99.5)), limit or 1)  # a few very long rows would flatten all others
+    width = math.ceil((top + 1) / 40)  # whole tokens: every bar counts as many lengths as the others
+    axes.hist(np.minimum(lengths, top), bins=np.arange(0, top + 1 + width, width), color="#1f77b4", alpha=0.8)
+    axes.set_xlabel(f"{label} in tokens, up to {lengths.max():,}")
+    axes.set_ylabel("rows")
+    if limit:
+        axes.axvline(limit, color="#c2410c", linewidth=1.5)
+        axes.set_title(f"limit {limit}: {(lengths > limit).mean():.1%} longer", loc="right", color="#c2410c",
+                       fontsize="medium")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+
+
+def length_figure(panels: Mapping[str, tuple[np.ndarray, int | None]]) -> Figure:
+    """Histograms of rows' lengths in tokens, one below the other, each with its limit if it has one.
+
+    What is longer than the limit and than 99.5 % of the rows is counted in the last bar.
+    Example: length_figure({"source": (np.array([12, 80, 31]), 64)})
+    """
+    figure = NotebookFigure(figsize=(9, 2 * len(panels)), dpi=100, layout="constrained")
+    rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axes, (label, (lengths, limit)) in zip(rows, panels.items(), strict=True):
+        _draw_lengths(axes, lengths, limit, label)
     return figure
 
 

@@ -130,7 +130,15 @@ def data(args: argparse.Namespace) -> int:
     args.overrides += ["data.skip_bad=true"] if args.skip_bad else []
     config = _config(args)
     files = prepare_data(config)
-    _print_json({name: tokens.report for name, tokens in files.items()})
+    if args.report:
+        from glm3kit.data_report import data_report, report_text, write_report
+
+        parts = data_report(files, config)
+        print(report_text(parts))
+        page = write_report(parts, config.job_dir / "data_report.html", f"The data of {config.name}")
+        print(f"\n{page}: the same with the histograms of lengths")
+    else:
+        _print_json({name: tokens.report for name, tokens in files.items()})
     if args.format == "mindrecord":
         from glm3kit.mindrecord import write_mindrecord
 
