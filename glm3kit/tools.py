@@ -24,7 +24,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-import jsonschema
 from pydantic import Field, TypeAdapter, ValidationError, validate_call
 from pydantic.errors import PydanticUserError
 from pydantic.json_schema import GenerateJsonSchema
@@ -121,6 +120,8 @@ def tool(function: Callable[..., Any]) -> Tool:
 
 def _faults(schema: Mapping[str, Any], parameters: Mapping[str, Any]) -> list[str]:
     """What is wrong with some arguments, a sentence each."""
+    import jsonschema  # here, before the clock starts: beside some optional packages it takes seconds to import
+
     found = jsonschema.Draft202012Validator(schema).iter_errors(parameters)
     return [f"{err.json_path.removeprefix('$.')}: {err.message}" if err.path else err.message
             for err in sorted(found, key=lambda err: err.json_path)]

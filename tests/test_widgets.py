@@ -1,26 +1,24 @@
-"""The chat cell without a browser: buttons are clicked from Python, the model is scripted."""
+"""The chat cell without a browser: what the page asks for, and what it is given to show; the model is scripted."""
 
+import json
+import re
 import threading
 import time
-from html import escape
 from pathlib import Path
 
-import ipywidgets
 import pytest
+import traitlets
 
+from glm3kit import widgets
 from glm3kit.chat import ChatSession
-from glm3kit.errors import PromptError
+from glm3kit.config import GenerateConfig
 from glm3kit.tokenizer import ChatGLM3Tokenizer
-from glm3kit.widgets import REFRESH_S, chat_widget, error_html, message_html, status_text
+from glm3kit.tools import calculate
+from glm3kit.transcript import read_transcript
+from glm3kit.widgets import GUIDE, REFRESH_S, chat_widget
 
-TINY = Path(__file__).resolve().parent.parent / "glm3kit" / "tiny" / "tokenizer.model"
-ATTACKS = [
-    "<script>window.hacked = 1</script>",
-    '<img src=x onerror="window.hacked = 1">',
-    "</div></div><iframe srcdoc='<script>parent.hacked = 1</script>'>",
-    '" onmouseover="window.hacked = 1',
-    "</style><svg onload=window.hacked=1>",
-]
+PACKAGE = Path(widgets.__file__).parent
+TINY = PACKAGE / "tiny" / "tokenizer.model"
 
 
 @pytest.fixture(scope="module")
@@ -59,20 +57,6 @@ class Gate:
         self.permits.release(tokens)
 
 
-def part(box, name):
-    """The widget of a class name inside a box."""
-    found = [box] if f"glm3kit-{name}" in box._dom_classes else []
-    for child in getattr(box, "children", ()):
-        found += [part(child, name)]
-    found = [widget for widget in found if widget is not None]
-    return found[0] if found else None
-
-
-def page(box):
-    """The HTML of the conversation, bubble after bubble."""
-    return [bubble.value for bubble in part(box, "messages").children]
-
-
 def until(condition):
     """Wait for something that another thread does."""
     end = time.monotonic() + 20
@@ -81,74 +65,70 @@ def until(condition):
         time.sleep(0.01)
 
 
-def send(box, text, role="user", wait=True):
-    part(box, "text").value, part(box, "role").value = text, role
-    part(box, "send").click()
-    if wait:
-        until(lambda: not part(box, "send").disabled)
+def settle(chat):
+    """Wait until the session is idle and the page shows that."""
+    threads = [thread for thread in threading.enumerate() if thread.name == "glm3kit chat"]
+    for thread in threads:
+        thread.join(20)
+    until(lambda: not chat.session.busy and chat._planned is None and not chat.state["busy"])
+
+
+def ask(chat, action, **arguments):
+    """What the page asks for, in the form in which it comes."""
+    chat._handle_custom_msg({"action": action, **arguments}, [])
+    settle(chat)
+
+
+def send(chat, text, role="user", **more):
+    ask(chat, "send", text=text, role=role, **more)
+
+
+def page(chat):
+    """What was said, as the page shows it."""
+    return [(message["role"], message["text"]) for message in chat.messages + chat.growing]
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """Messages to the page that are no state."""
+    messages = []
+    monkeypatch.setattr(widgets.ChatWidget, "send", lambda self, content, buffers=None: messages.append(content))
+    return messages
 
 
 # talking
 
-def test_a_sent_message_and_its_answer_appear_as_bubbles(session):
-    box = chat_widget(session)
-    send(box, "你好")
-    question, answer = page(box)
-    assert "glm3kit-user" in question and ">你好<" in question
-    assert "glm3kit-assistant" in answer and ">你好！\n很高兴见到你。<" in answer, "line breaks are kept"
-    assert "glm3kit-live" not in answer
-    assert part(box, "text").value == ""
+def test_a_sent_message_and_its_answer_are_shown(session):
+    chat = chat_widget(session)
+    send(chat, "你好")
+    assert page(chat) == [("user", "你好"), ("assistant", "你好！\n很高兴见到你。")]
+    assert chat.growing == []
     assert [message["role"] for message in session.history] == ["user", "assistant"]
 
 
 @pytest.mark.parametrize("role", ["user", "system", "observation"])
 def test_the_chosen_role_speaks(session, role):
-    box = chat_widget(session)
-    send(box, "你好", role)
+    chat = chat_widget(session)
+    send(chat, "你好", role)
     assert session.history[0] == {"role": role, "content": "你好"}
-    assert f"glm3kit-{role}" in page(box)[0]
-    assert part(box, "role").value == "user", "the user speaks next"
+    assert chat.messages[0]["role"] == role
 
 
-def test_a_tool_call_shows_its_tool_and_asks_for_the_observation(session, tokenizer, say):
-    session.history = [{"role": "system", "content": "工具", "tools": [{"name": "weather"}]}]
-    session.reply = lambda ids: iter(say("```python\ntool_call(city='北京')\n```", "weather"))
-    box = chat_widget(session)
-    send(box, "天气？")
-    assert "1 tools" in page(box)[0]
-    assert '<span class="glm3kit-tag">weather</span>' in page(box)[-1]
-    assert part(box, "role").value == "observation"
-
-
-def test_an_answer_grows_on_the_page_while_it_is_generated(session, say):
+def test_an_answer_grows_on_the_page_while_it_is_generated_and_can_be_stopped(session, say):
     session.reply = Gate(say("一二三四五六七八"))
-    box = chat_widget(session)
-    send(box, "数数", wait=False)
-    assert (part(box, "send").disabled, part(box, "stop").disabled, part(box, "clear").disabled) == (True, False, True)
-    until(lambda: "glm3kit-live" in page(box)[-1])
+    chat = chat_widget(session)
+    chat.do("send", text="数数", role="user")
+    until(lambda: chat.state["busy"] and page(chat)[0] == ("user", "数数"))
     session.reply.let(5)
-    until(lambda: "一" in page(box)[-1])
-    assert "八" not in page(box)[-1]
-    session.reply.let(99)
-    until(lambda: part(box, "stop").disabled)
-    assert ">一二三四五六七八<" in page(box)[-1]
-    assert (part(box, "send").disabled, part(box, "clear").disabled) == (False, False)
-
-
-def test_stop_ends_the_answer_while_tokens_stream_in(session, say):
-    session.reply = Gate(say("一二三四五六七八"))
-    box = chat_widget(session)
-    send(box, "数数", wait=False)
-    session.reply.let(4)
-    until(lambda: "一" in page(box)[-1])
-    part(box, "stop").click()
+    until(lambda: chat.growing and "一" in chat.growing[0]["text"])
+    assert "八" not in chat.growing[0]["text"]
+    chat.do("stop")
     session.reply.let(1)
-    until(lambda: not session.busy and part(box, "stop").disabled)
-    assert "一" in session.history[-1]["content"] and "八" not in session.history[-1]["content"]
-    assert "stopped" in part(box, "status").value
+    settle(chat)
+    assert "一" in chat.messages[-1]["text"] and "八" not in chat.messages[-1]["text"] and chat.growing == []
     session.reply = lambda ids: iter(say("好"))
-    send(box, "继续")
-    assert ">好<" in page(box)[-1] and "stopped" not in part(box, "status").value
+    send(chat, "继续")
+    assert page(chat)[-1] == ("assistant", "好")
 
 
 def test_a_fast_answer_is_drawn_at_a_measured_pace(session, tokenizer):
@@ -158,149 +138,305 @@ def test_a_fast_answer_is_drawn_at_a_measured_pace(session, tokenizer):
             yield 300
 
     session.seq_length, session.reply = None, reply
-    box, drawn = chat_widget(session), []
-    part(box, "status").observe(drawn.append, "value")
+    chat, drawn = chat_widget(session), []
+    chat.observe(drawn.append, "growing")
     start = time.monotonic()
-    send(box, "数数")
+    send(chat, "数数")
     assert len(session.last_reply_ids) == 400
     assert len(drawn) <= (time.monotonic() - start) / REFRESH_S + 4
 
 
-def test_a_message_of_spaces_is_not_sent(session):
-    box = chat_widget(session)
-    send(box, " \n")
-    assert session.history == []
-    assert "nothing to send" in part(box, "status").value
+def test_the_last_token_before_a_long_pause_is_shown(session, say):
+    session.reply = Gate(say("一二三四五六七八"))
+    chat = chat_widget(session)
+    chat.do("send", text="数数", role="user")
+    session.reply.let(6)
+    until(lambda: len(session.last_reply_ids) == 6)
+    until(lambda: chat.growing and chat.growing[0]["text"] == session.progress[1][0]["content"])
+    session.reply.let(99)
+    settle(chat)
 
 
-def test_clear_forgets_the_conversation(session):
-    box = chat_widget(session)
-    send(box, "你好")
-    gone = part(box, "messages").children[1]
-    part(box, "clear").click()
-    assert session.history == []
-    assert len(page(box)) == 1 and "glm3kit-hint" in page(box)[0]
-    assert gone.comm is None, "a bubble that is gone is closed, or they would pile up in the page"
+# changing what was said
+
+def test_regenerate_edit_rewrite_undo_and_clear_do_what_they_say(session, sent):
+    chat = chat_widget(session)
+    send(chat, "一")
+    send(chat, "二")
+    session.said = "新"
+    ask(chat, "regenerate")
+    assert page(chat)[2:] == [("user", "二"), ("assistant", "新")]
+    send(chat, "改", at=0)
+    assert page(chat) == [("user", "改"), ("assistant", "新")]
+    ask(chat, "rewrite", at=1, text="旧")
+    assert page(chat) == [("user", "改"), ("assistant", "旧")]
+    ask(chat, "undo")
+    assert page(chat) == []
+    assert sent == [{"draft": "改", "role": "user"}], "what was taken back can be written anew"
+    send(chat, "你好")
+    ask(chat, "clear")
+    assert page(chat) == [] and chat.state["used"] == 0
 
 
-def test_the_status_counts_tokens_and_the_window(session):
-    box = chat_widget(session)
-    send(box, "你好")
-    prompt, reply = len(session.last_prompt_ids), len(session.last_reply_ids)
-    assert f"{reply} tokens · " in part(box, "status").value
-    assert f" tokens/s · context 上下文 {prompt + reply} / 512<" in part(box, "status").value
+def test_the_system_prompt_is_set_and_kept(session):
+    chat = chat_widget(session)
+    send(chat, "你好")
+    ask(chat, "set_system", text="你是导游。")
+    assert page(chat)[0] == ("system", "你是导游。") and chat.state["system"] == "你是导游。"
+    ask(chat, "clear")
+    assert page(chat) == [("system", "你是导游。")]
 
 
-def test_the_status_says_how_many_messages_were_left_out(session):
-    session.history = [{"role": "user", "content": "一二三四五六七八九十" * 20}]
+@pytest.mark.parametrize("form", ["json", "md"])
+def test_a_saved_conversation_is_opened_again(session, sent, form):
+    chat = chat_widget(session)
+    send(chat, "你好")
+    ask(chat, "save", form=form)
+    (file,) = sent
+    assert file["file"] == f"chat.{form}"
+    assert read_transcript(file["text"]) == session.history
+    before = page(chat)
+    ask(chat, "clear")
+    ask(chat, "load", text=file["text"])
+    assert page(chat) == before
+
+
+def test_a_file_that_is_no_conversation_is_refused_and_changes_nothing(session):
+    chat = chat_widget(session)
+    send(chat, "你好")
+    before = page(chat)
+    ask(chat, "load", text="<html>")
+    assert "line 1: '<html>', expected JSON or Markdown" in chat.note
+    assert page(chat) == before
+    ask(chat, "undo")
+    assert chat.note == ""
+
+
+# settings
+
+def test_sampling_starts_from_the_configuration_and_is_checked_by_its_rules(session, say):
+    seen = []
+    session.reply = lambda ids, **options: seen.append(options) or iter(say("好"))
+    session.sampling = GenerateConfig(top_k=1).model_dump()
+    chat = chat_widget(session)
+    assert chat.state["sampling"] == GenerateConfig(top_k=1).model_dump()
+    ask(chat, "set_sampling", temperature=0.5, do_sample=True)
+    send(chat, "你好")
+    assert seen == [GenerateConfig(top_k=1, temperature=0.5, do_sample=True).model_dump()]
+    ask(chat, "set_sampling", temperature=-1)
+    assert "temperature: Input should be greater than 0" in chat.note
+    assert chat.state["sampling"]["temperature"] == 0.5
+
+
+def test_the_meter_counts_tokens_the_window_and_what_was_left_out(session):
+    chat = chat_widget(session)
+    send(chat, "你好")
+    used = len(session.last_prompt_ids) + len(session.last_reply_ids)
+    assert (chat.state["used"], chat.state["window"], chat.state["left_out"]) == (used, 512, 0)
+    assert chat.state["reply_tokens"] == len(session.last_reply_ids) and chat.state["speed"] > 0
+    assert not any(message["left_out"] for message in chat.messages)
     session.seq_length, session.reserve = 128, 32
-    session.ask("你好")
-    assert status_text(session).endswith(": 1")
+    session.history = [{"role": "system", "content": "导游"}, {"role": "user", "content": "一二三四五六七八九十" * 20},
+                       {"role": "assistant", "metadata": "", "content": "好"}]
+    send(chat, "你好")
+    assert chat.state["left_out"] == 2
+    assert [message["left_out"] for message in chat.messages] == [False, True, True, False, False]
 
 
-# safety
+# tools
 
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_nothing_from_user_or_model_becomes_markup(session, attack):
-    session.said = attack
-    box = chat_widget(session)
-    send(box, attack)
-    session.history = [
-        *session.history,
-        {"role": "assistant", "metadata": attack, "content": attack},
-        {"role": attack, "content": attack},
-        {"role": "observation", "content": {attack: attack}},
-    ]
-    part(box, "send").click()  # draws without sending
-    html = "".join(page(box))
-    assert attack not in html
-    assert html.count(escape(attack)) >= 6
-    for tag in ("<script", "<img", "<iframe", "<svg", "</style"):
-        assert tag not in html
+@pytest.fixture
+def tool_session(tokenizer, say):
+    replies = [say("```python\ntool_call(expression='6*7')\n```", "calculate"), say("42。")]
+    return ChatSession(tokenizer, lambda ids: iter(replies.pop(0)), tools=[calculate])
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_nothing_in_an_error_becomes_markup(attack):
-    for error in (RuntimeError(attack), PromptError(attack)):
-        assert attack not in error_html(error) and escape(attack) in error_html(error)
+def test_tools_run_by_themselves_and_every_step_is_shown(tool_session):
+    chat = chat_widget(tool_session)
+    (shown,) = chat.state["tools"]
+    assert (shown["name"], shown["runs"]) == ("calculate", True)
+    assert json.loads(shown["schema"]) == calculate.parameters
+    send(chat, "多少？")
+    assert [message["role"] for message in chat.messages] == ["system", "user", "assistant", "observation", "assistant"]
+    assert json.loads(chat.messages[2]["arguments"]) == {"expression": "6*7"}
+    assert page(chat)[3:] == [("observation", "42"), ("assistant", "42。")]
 
 
-def test_text_is_shown_as_it_is():
-    text = "[a](javascript:alert(1)) **b** $x$ <|user|> &amp;"
-    assert f">{escape(text)}</div>" in message_html({"role": "user", "content": text})
+def test_ask_first_shows_the_arguments_and_waits(tool_session):
+    chat = chat_widget(tool_session)
+    ask(chat, "set_ask_first", ask_first=True)
+    send(chat, "多少？")
+    call = chat.state["call"]
+    assert (call["name"], json.loads(call["arguments"]), call["runs"]) == ("calculate", {"expression": "6*7"}, True)
+    assert len(page(chat)) == 3, "nothing has run"
+    ask(chat, "run_tool")
+    assert page(chat)[3:] == [("observation", "42"), ("assistant", "42。")] and chat.state["call"] is None
+
+
+def test_a_tool_that_is_only_described_waits_for_an_observation(session, say):
+    session = ChatSession(session.tokenizer, lambda ids: iter(say("```\ntool_call(city='北京')\n```", "weather")),
+                          tools=[{"name": "weather", "description": "天气"}])
+    chat = chat_widget(session)
+    send(chat, "天气？")
+    assert (chat.state["call"]["name"], chat.state["call"]["runs"]) == ("weather", False)
+
+
+def test_code_is_offered_and_not_run(session, say):
+    session.reply = lambda ids: iter(say("```python\nprint(1)\n```", "interpreter"))
+    chat = chat_widget(session)
+    send(chat, "算")
+    assert (chat.state["code"], chat.state["call"]) == ("print(1)", None)
+    ask(chat, "observe_cell")
+    assert "no cell was run" in chat.note and len(page(chat)) == 2
 
 
 # faults
 
-def test_an_error_in_the_model_appears_with_its_reason_and_the_message_comes_back(session, say):
+def test_an_error_in_the_model_is_shown_with_its_reason_and_the_session_stays_usable(session, say):
     def reply(ids):
         yield from say("一二三")[:3]
         raise RuntimeError("the card is gone")
 
     session.reply = reply
-    box = chat_widget(session)
-    send(box, "你好")
-    assert len(page(box)) == 1, "no half turn"
-    assert "glm3kit-error" in page(box)[0] and "RuntimeError: the card is gone" in page(box)[0]
-    assert "<summary>traceback</summary>" in page(box)[0]
-    assert part(box, "text").value == "你好"
+    chat = chat_widget(session)
+    send(chat, "你好")
+    assert page(chat) == [], "no half turn"
+    assert chat.state["error"]["reason"] == "RuntimeError: the card is gone"
+    assert "in reply" in chat.state["error"]["trace"]
+    assert chat.state["unsent"] == {"role": "user", "text": "你好"}
+    assert chat_widget(session).state["error"] == chat.state["error"], "also where it is displayed again"
     session.reply = lambda ids: iter(say("好"))
-    part(box, "send").click()
-    until(lambda: not part(box, "send").disabled)
-    assert len(page(box)) == 2 and "glm3kit-error" not in "".join(page(box))
+    send(chat, "你好")
+    assert len(page(chat)) == 2 and chat.state["error"] is None and chat.state["unsent"] is None
 
 
-def test_a_message_that_is_too_long_is_refused_in_the_chat_and_stays_in_the_box(session):
-    box = chat_widget(session)
-    send(box, "长" * 2000)
-    assert "PromptError: the newest message" in page(box)[0] and "traceback" not in page(box)[0]
-    assert part(box, "text").value == "长" * 2000
-    send(box, "你好")
-    assert len(page(box)) == 2
+def test_a_message_that_is_too_long_is_refused_in_the_chat(session):
+    chat = chat_widget(session)
+    send(chat, "长" * 2000)
+    assert chat.state["error"]["reason"].startswith("PromptError: the newest message")
+    assert chat.state["error"]["trace"] == "", "our own error says it all"
+    assert chat.state["unsent"]["text"] == "长" * 2000
+    send(chat, "你好")
+    assert len(page(chat)) == 2
 
 
-def test_sending_while_somebody_else_generates_is_refused_in_the_chat(session, say):
+def test_what_is_asked_for_while_somebody_else_generates_is_refused_with_the_reason(session, say):
     session.reply = Gate(say("一二三"))
-    box = chat_widget(session)
+    chat = chat_widget(session)
     stream = session.stream("数数")
-    part(box, "text").value = "你好"
-    part(box, "send").click()
-    assert "still generating" in page(box)[-1]
-    part(box, "clear").click()
-    assert "still generating" in page(box)[-1]
+    for action in ("send", "clear", "undo", "regenerate", "run_tool"):
+        chat.note = ""
+        chat.do(action, **({"text": "你好", "role": "user"} if action == "send" else {}))
+        assert re.search("still generating|nothing has been said", chat.note), action
     session.reply.let(99)
     assert "".join(stream) == "一二三"
+
+
+def test_a_history_that_cannot_be_said_is_shown_all_the_same(session):
+    session.history = [{"role": "pilot", "content": {"a": 1}}]
+    chat = chat_widget(session)
+    assert page(chat) == [("pilot", '{"a": 1}')] and chat.state["used"] is None
+
+
+# safety
+
+def test_the_page_puts_nothing_into_itself_but_text_nodes():
+    source = (PACKAGE / "chat_widget.js").read_text(encoding="utf-8")
+    for door in ("innerHTML", "outerHTML", "insertAdjacentHTML", "DOMParser", "createContextualFragment", "srcdoc",
+                 "document.write", "eval(", "new Function", "setTimeout(\"", "import("):
+        assert door not in source
+    assert re.findall(r"href[:=] ?\S+", source) == ["href: url,"], "the file that is saved, nothing that was said"
+
+
+def test_text_reaches_the_page_as_it_was_said(session):
+    text = "[a](javascript:alert(1)) <script>1</script> <|user|> &amp;"
+    session.said = text
+    chat = chat_widget(session)
+    send(chat, text)
+    assert page(chat) == [("user", text), ("assistant", text)]
 
 
 # one conversation, many views
 
 def test_displaying_again_shows_the_same_conversation(session):
-    box = chat_widget(session)
-    send(box, "你好")
-    send(box, "再见")
+    chat = chat_widget(session)
+    send(chat, "你好")
+    send(chat, "再见")
     again = chat_widget(session)
-    assert page(again) == page(box)
-    assert len(page(again)) == 4
-    assert part(again, "status").value == part(box, "status").value
+    assert page(again) == page(chat) and len(page(again)) == 4
+    same = {key for key in chat.state if key != "model_id"}
+    assert {key: again.state[key] for key in same} == {key: chat.state[key] for key in same}
+
+
+def test_two_widgets_and_python_on_one_session_stay_equal(session):
+    one, two = chat_widget(session), chat_widget(session)
+    send(one, "一")
+    settle(two)
+    assert page(one) == page(two) and len(page(two)) == 2
+    ask(two, "undo")
+    settle(one)
+    assert page(one) == page(two) == []
+    session.ask("二")
+    for chat in (one, two):
+        settle(chat)
+        assert page(chat)[0] == ("user", "二")
 
 
 def test_displaying_again_while_an_answer_is_generated_shows_and_stops_it(session, say):
     session.reply = Gate(say("一二三四五六七八"))
-    send(chat_widget(session), "数数", wait=False)
+    chat_widget(session).do("send", text="数数", role="user")
     session.reply.let(4)
     again = chat_widget(session)
-    until(lambda: "一" in page(again)[-1])
-    part(again, "stop").click()
+    until(lambda: again.growing and "一" in again.growing[0]["text"])
+    again.do("stop")
     session.reply.let(1)
-    until(lambda: part(again, "stop").disabled)
-    assert len(page(again)) == 2 and "八" not in page(again)[-1]
+    settle(again)
+    assert len(page(again)) == 2 and "八" not in page(again)[-1][1]
 
 
-def test_every_control_has_a_label(session):
-    box = chat_widget(session)
-    assert isinstance(box, ipywidgets.VBox)
-    for name in ("send", "stop", "clear"):
-        assert part(box, name).description and part(box, name).tooltip
-    for name in ("role", "text"):
-        assert part(box, name).description
-    assert [value for _, value in part(box, "role").options] == ["user", "system", "observation"]
+def test_a_closed_widget_is_told_nothing_more(session):
+    chat = chat_widget(session)
+    chat.close()
+    chat.close()
+    session.ask("你好")
+    assert session._listeners == []
+
+
+# what the page is made of
+
+def test_both_languages_have_every_text_and_the_page_uses_no_other():
+    texts = json.loads((PACKAGE / "chat_texts.json").read_text(encoding="utf-8"))
+    english, chinese = texts["en"], texts["zh"]
+    assert english.keys() == chinese.keys()
+    placeholders = re.compile(r"\{\w+\}")
+    for key, text in english.items():
+        assert sorted(placeholders.findall(text)) == sorted(placeholders.findall(chinese[key])), key
+    used = set(re.findall(r"\bt\.(\w+)", (PACKAGE / "chat_widget.js").read_text(encoding="utf-8")))
+    assert used <= english.keys()
+
+
+def test_every_action_of_the_page_is_one_that_python_knows(session):
+    source = (PACKAGE / "chat_widget.js").read_text(encoding="utf-8")
+    chat = chat_widget(session)
+    for action in set(re.findall(r'this\.ask\("(\w+)"', source)):
+        try:
+            chat.do(action)
+        except TypeError:  # it wants arguments
+            continue
+    settle(chat)
+    with pytest.raises(KeyError):
+        chat.do("fly")
+
+
+def test_the_guide_is_the_conversation_of_the_document(shared):
+    document = (shared / "seed/glm3.md").read_text(encoding="utf-8")
+    asked = re.findall(r'^role="(\w+)"\ntext ?= ?"(.*)"$', document, re.MULTILINE)
+    assert [(line["role"], line["text"]) for line in GUIDE] == asked
+
+
+def test_the_state_of_the_page_is_json(session):
+    chat = chat_widget(session)
+    send(chat, "你好")
+    shown = {name: getattr(chat, name) for name in ("messages", "growing", "state", "note", "guide", "texts")}
+    assert json.loads(json.dumps(shown)) == shown
+    assert isinstance(chat.traits()["messages"], traitlets.List)

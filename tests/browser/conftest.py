@@ -102,6 +102,8 @@ def lab(tmp_path_factory):
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTER")}
     environment |= {name: str(home / name) for name in names} | {"PYTHONPATH": str(ROOT)}
+    # where the notebooks find their configuration and leave their files
+    environment |= {"GLM3KIT_CONFIG": str(folder / "tiny.yaml"), "GLM3KIT_OUTPUT": str(folder / "output")}
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -155,3 +157,11 @@ def page(chromium: Browser):
     page.on("pageerror", lambda error: print(f"page error: {error}"))
     yield page
     context.close()
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    """The folder of screenshots: they stay, to be looked at."""
+    folder = ROOT / "output" / "browser"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,472 @@
+// The page's side of the chat cell (see widgets.py). Everything that was said is put into the page as text nodes:
+// no string is ever read as markup. What a person asks for goes to Python as {action, ...}; what comes back is drawn.
+
+const ICONS = {
+  undo: "M9 14 4 9l5-5M4 9h10a6 6 0 0 1 0 12h-3", trash: "M4 7h16M9 7V4h6v3M6 7l1 13h10l1-13",
+  copy: "M9 9h11v11H9zM15 9V4H4v11h5", edit: "m4 20 1-5L16 4l4 4L9 19zM14 6l4 4",
+  regenerate: "M20 11a8 8 0 1 0-2 6M20 4v7h-7", send: "M4 12 21 4l-5 17-4-7zM12 14l9-10", stop: "M6 6h12v12H6z",
+};
+const SPEAKERS = ["user", "system", "observation"];
+const OPTIONS = {  // of generation, each with the least step that a person would take
+  do_sample: null, temperature: 0.1, top_k: 1, top_p: 0.05, repetition_penalty: 0.05, max_new_tokens: 1, max_length: 1,
+  seed: 1,
+};
+const VIEW = "application/vnd.jupyter.widget-view+json";
+
+/** An element. props: attributes, `on...` listeners; children: elements, or strings, which become text. */
+function h(tag, props, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(props ?? {})) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value === true) element.setAttribute(name, "");
+    else if (value !== false && value != null) element.setAttribute(name, value);
+  }
+  element.append(...children.filter((child) => child != null));
+  return element;
+}
+
+/** A text with its {names} filled in. */
+const fill = (text, values) => text.replace(/\{(\w+)\}/g, (_, name) => values[name]);
+
+function icon(name) {
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+  svg.setAttribute("viewBox", "0 0 24 24");
+  svg.setAttribute("aria-hidden", "true");
+  path.setAttribute("d", ICONS[name]);
+  svg.append(path);
+  return svg;
+}
+
+/** What was said, with what stands between three backquotes as a block of code. */
+function words(text) {
+  const parts = text.split(/^[ \t]*```[^\n`]*\n?/m);
+  return parts.map((part, i) => (i % 2 ? h("pre", { class: "glm3kit-code" }, part.replace(/\n$/, "")) : part))
+    .filter((part) => typeof part !== "string" || part.trim())
+    .map((part) => (typeof part === "string" ? h("div", { class: "glm3kit-words" }, part.trim()) : part));
+}
+
+async function copy(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  const area = h("textarea", { class: "glm3kit-hidden" });  // a page over plain http has no clipboard
+  area.value = text;
+  document.body.append(area);
+  area.select();
+  document.execCommand("copy");
+  area.remove();
+}
+
+function download(name, text) {
+  const url = URL.createObjectURL(new Blob([text], { type: "text/plain;charset=utf-8" }));
+  h("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+}
+
+/** Put a new code cell below the one that shows this widget; false where the page is no JupyterLab notebook. */
+function insertCell(model, code) {
+  const notebook = model.widget_manager?.context?.model?.sharedModel;
+  if (typeof notebook?.insertCell !== "function") return false;
+  const id = model.get("state").model_id;
+  const here = notebook.cells.findIndex((cell) =>
+    (cell.toJSON().outputs ?? []).some((output) => output.data?.[VIEW]?.model_id === id));
+  const below = here < 0 ? notebook.cells.length : here + 1;
+  notebook.insertCell(below, { cell_type: "code", source: code, metadata: { trusted: true } });
+  return true;
+}
+
+function firstLanguage() {
+  return localStorage.getItem("glm3kit-language") ?? (navigator.language.startsWith("zh") ? "zh" : "en");
+}
+
+/** One view: its elements, and how they follow the model. */
+class Chat {
+  constructor(model, el) {
+    this.model = model;
+    this.language = firstLanguage();
+    this.draft = { text: "", role: "user" };
+    this.panel = null;  // the open one
+    this.editing = null;  // the place of the message that is being edited
+    // shortcuts of JupyterLab end here: Shift+Enter would run the cell
+    this.root = h("div", { class: "glm3kit-chat", "data-lm-suppress-shortcuts": "true" });
+    el.append(this.root);
+    this.build();
+  }
+
+  get state() { return this.model.get("state"); }
+
+  ask(action, more = {}) { this.model.send({ action, ...more }); }
+
+  /** Everything anew, in the current language; the text that is being written stays. */
+  build() {
+    const t = (this.t = this.model.get("texts")[this.language]);
+    this.root.lang = this.language === "zh" ? "zh-CN" : "en";
+    this.shown = [];
+    this.messages = h("div", { class: "glm3kit-messages" });
+    this.after = h("div", { class: "glm3kit-after" });
+    this.chips = h("div", { class: "glm3kit-chips" });
+    this.panelBox = h("div", { class: "glm3kit-panel", hidden: true });
+    this.root.replaceChildren(
+      this.buildBar(), this.panelBox,
+      h("div", { class: "glm3kit-log", role: "log", "aria-live": "off", "aria-label": t.conversation, tabindex: "0" },
+        h("div", { class: "glm3kit-column" }, this.messages, this.after)),
+      this.chips, this.buildComposer(), this.buildFooter());
+    this.showPanel(this.panel);
+    this.update();
+  }
+
+  button(name, label, onclick, more = {}) {
+    const { help, class: kind = "", ...props } = more;
+    return h("button", { type: "button", class: `glm3kit-button ${kind}`, title: help ?? label, "aria-label": label,
+      onclick, ...props }, ICONS[name] ? icon(name) : null, more.bare ? null : h("span", null, label));
+  }
+
+  buildBar() {
+    const t = this.t;
+    this.tabs = Object.fromEntries(["settings", "tools", "sampling", "file"].map((name) => [name,
+      this.button(name, t[name], () => this.showPanel(this.panel === name ? null : name), { class: "glm3kit-tab" })]));
+    this.undo = this.button("undo", t.undo, () => this.ask("undo"),
+      { help: t.undoHelp, class: "glm3kit-folds" });
+    this.clear = this.button("trash", t.clear, () => this.ask("clear"),
+      { help: t.clearHelp, class: "glm3kit-folds" });
+    const language = this.button("", t.language, () => this.switchLanguage(), { help: t.languageName });
+    return h("div", { class: "glm3kit-bar", role: "toolbar", "aria-label": t.title },
+      h("div", { class: "glm3kit-title" }, t.title), ...Object.values(this.tabs), h("span", { class: "glm3kit-space" }),
+      this.undo, this.clear, language);
+  }
+
+  buildComposer() {
+    const t = this.t;
+    this.role = h("select", { class: "glm3kit-role", "aria-label": t.role, title: t.role,
+      onchange: () => { this.draft.role = this.role.value; this.markRole(); } },
+    ...SPEAKERS.map((role) => h("option", { value: role }, t[role])));
+    this.text = h("textarea", { class: "glm3kit-text", rows: "1", "aria-label": t.message, placeholder: t.placeholder,
+      title: t.keys, oninput: () => { this.draft.text = this.text.value; this.fit(); },
+      onkeydown: (event) => this.onKey(event, () => this.send()) });
+    this.sendButton = this.button("send", t.send, () => this.send(), { class: "glm3kit-primary" });
+    this.stopButton = this.button("stop", t.stop, () => this.ask("stop"), { class: "glm3kit-stop" });
+    return this.composer = h("div", { class: "glm3kit-composer" },
+      this.role, this.text, this.sendButton, this.stopButton);
+  }
+
+  buildFooter() {
+    this.bar = h("div", { class: "glm3kit-used" });
+    this.meter = h("div", { class: "glm3kit-meter", role: "meter", "aria-label": this.t.context, "aria-valuemin": "0" },
+      this.bar);
+    this.count = h("span", { class: "glm3kit-count" });
+    this.status = h("span", { class: "glm3kit-status", role: "status" });
+    return h("div", { class: "glm3kit-footer" }, this.meter, this.count, this.status);
+  }
+
+  switchLanguage() {
+    this.language = this.language === "zh" ? "en" : "zh";
+    localStorage.setItem("glm3kit-language", this.language);
+    this.build();
+  }
+
+  // writing
+
+  /** Enter sends, Shift+Enter breaks, an Enter that ends a composition (Chinese input) does neither. */
+  onKey(event, send) {
+    if (event.key === "Escape" && this.state.busy) this.ask("stop");
+    if (event.key !== "Enter" || event.isComposing || event.keyCode === 229) return;
+    event.preventDefault();
+    if (!event.shiftKey) return send();
+    const { target } = event;  // JupyterLab swallows line breaks typed with a modifier anywhere in a cell
+    target.setRangeText("\n", target.selectionStart, target.selectionEnd, "end");
+    target.dispatchEvent(new InputEvent("input", { bubbles: true }));
+  }
+
+  fit() {  // the text area grows with its text
+    this.text.style.height = "auto";
+    this.text.style.height = `${Math.min(this.text.scrollHeight + 2, 220)}px`;
+  }
+
+  markRole() { this.composer.dataset.role = this.role.value; }
+
+  write(text, role) {
+    this.draft = { text, role };
+    this.text.value = text;
+    this.role.value = role;
+    this.markRole();
+    this.fit();
+  }
+
+  send() {
+    if (this.state.busy || !this.text.value.trim()) return;
+    this.ask("send", { text: this.text.value, role: this.role.value });
+    this.write("", "user");
+  }
+
+  // panels
+
+  showPanel(name) {
+    this.panel = name;
+    for (const [other, tab] of Object.entries(this.tabs)) tab.setAttribute("aria-expanded", String(other === name));
+    this.panelBox.hidden = !name;
+    const make = { settings: () => this.systemPanel(), tools: () => this.toolsPanel(),
+      sampling: () => this.samplingPanel(), file: () => this.filePanel() }[name];
+    this.panelBox.replaceChildren(...(make ? make() : []));
+    if (name) this.panelBox.setAttribute("aria-label", this.t[name]);
+    this.panelBox.setAttribute("role", "region");
+    this.panelOf = JSON.stringify(this.panelState());
+  }
+
+  /** What the panels show of the state: they are drawn again when that changes. */
+  panelState() {
+    const { system, tools, ask_first, sampling, busy } = this.state;
+    return [system, tools, ask_first, sampling, busy];
+  }
+
+  systemPanel() {
+    const t = this.t, area = h("textarea", { "aria-label": t.settings, rows: "3" });
+    area.value = this.state.system;
+    const apply = this.button("", t.apply, () => this.ask("set_system", { text: area.value }),
+      { disabled: this.state.busy });
+    return [h("p", null, t.systemHelp), area, h("div", { class: "glm3kit-row" }, apply)];
+  }
+
+  toolsPanel() {
+    const t = this.t, { tools, ask_first } = this.state;
+    if (!tools.length) return [h("p", null, t.noTools)];
+    const mode = h("select", { "aria-label": t.whenCalled,
+      onchange: () => this.ask("set_ask_first", { ask_first: mode.value === "ask" }) },
+    h("option", { value: "auto" }, t.automatic), h("option", { value: "ask" }, t.askFirst));
+    mode.value = ask_first ? "ask" : "auto";
+    return [h("label", { class: "glm3kit-row" }, h("span", null, t.whenCalled), mode),
+      ...tools.map((tool) => h("div", { class: "glm3kit-tool" },
+        h("b", null, tool.name), h("span", null, tool.description),
+        tool.runs ? null : h("i", null, t.described),
+        tool.schema ? h("details", null, h("summary", null, t.schema), h("pre", { class: "glm3kit-code" }, tool.schema))
+          : null))];
+  }
+
+  samplingPanel() {
+    const t = this.t, { sampling, busy } = this.state;
+    if (!sampling) return [h("p", null, t.noSampling)];
+    const known = Object.keys(OPTIONS).filter((name) => name in sampling);
+    return [h("div", { class: "glm3kit-grid" }, ...known.map((name) => {
+      const set = (value) => this.ask("set_sampling", { [name]: value });
+      const input = OPTIONS[name] === null
+        ? h("input", { type: "checkbox", disabled: busy, onchange: () => set(input.checked) })
+        : h("input", { type: "number", step: OPTIONS[name], disabled: busy, placeholder: t.noLimit,
+          onchange: () => set(input.value === "" ? null : Number(input.value)) });
+      if (OPTIONS[name] === null) input.checked = sampling[name];
+      else input.value = sampling[name] ?? "";
+      if (name === "seed") input.placeholder = "";
+      return h("label", null, h("span", null, t[name]), input);
+    }))];
+  }
+
+  filePanel() {
+    const t = this.t;
+    const file = h("input", { type: "file", accept: ".json,.md,.txt", "aria-label": t.load, class: "glm3kit-hidden",
+      onchange: async () => {
+        if (file.files[0]) this.ask("load", { text: await file.files[0].text() });
+        file.value = "";
+      } });
+    return [h("div", { class: "glm3kit-row" },
+      this.button("copy", t.copyAll, () => { this.copying = true; this.ask("save", { form: "md" }); }),
+      this.button("", t.json, () => this.ask("save", { form: "json" })),
+      this.button("", t.md, () => this.ask("save", { form: "md" })),
+      this.button("", t.load, () => file.click(), { disabled: this.state.busy }), file)];
+  }
+
+  // messages
+
+  update() {
+    const { state, t } = this, { busy } = state;
+    const standing = this.model.get("messages"), growing = this.model.get("growing");
+    const all = [...standing, ...growing];
+    const last = all.length - 1;
+    all.forEach((message, i) => this.place(i, message, {
+      live: busy && growing.length > 0 && i === last,
+      end: message.left_out && !all[i + 1]?.left_out,
+      actions: !busy, again: !busy && i === last && message.role === "assistant",
+    }));
+    for (const { node } of this.shown.splice(all.length)) node.remove();
+
+    this.after.replaceChildren(...this.buildAfter(all));
+    this.buildChips(all);
+    if (!this.panelBox.hidden && this.panelOf !== JSON.stringify(this.panelState())) this.showPanel(this.panel);
+    this.tabs.tools.lastChild.textContent = state.tools.length ? `${t.tools} (${state.tools.length})` : t.tools;
+    this.undo.disabled = this.clear.disabled = this.sendButton.disabled = busy;
+    this.sendButton.hidden = busy;
+    this.stopButton.hidden = !busy;
+    this.stopButton.disabled = !busy;
+    this.updateFooter();
+    if (this.text.value !== this.draft.text) this.write(this.draft.text, this.draft.role);
+    this.markRole();
+  }
+
+  place(i, message, flags) {
+    const editing = this.editing === message.at && flags.actions;
+    const key = JSON.stringify([message, flags, editing]);
+    const old = this.shown[i];
+    if (old?.key === key) return;
+    if (old?.live && flags.live && old.name === message.name) {  // only its text has grown
+      old.body.replaceChildren(...words(message.text));
+      this.shown[i] = { ...old, key };
+      return;
+    }
+    const made = this.article(message, flags, editing);
+    if (old) old.node.replaceWith(made.node);
+    else this.messages.append(made.node);
+    this.shown[i] = { ...made, key, live: flags.live, name: message.name };
+  }
+
+  article(message, { live, end, actions, again }, editing) {
+    const t = this.t, { role, name } = message;
+    const body = h("div", { class: "glm3kit-body" });
+    if (editing) body.append(this.editor(message));
+    else if (message.arguments) body.append(h("pre", { class: "glm3kit-code" }, message.arguments));
+    else body.append(...words(message.text));
+    const tools = actions && !editing ? h("span", { class: "glm3kit-actions" },
+      this.button("copy", t.copy, (event) => this.copied(event.currentTarget, message.text), { bare: true }),
+      this.button("edit", t.edit, () => { this.editing = message.at; this.update(); }, { bare: true }),
+      again ? this.button("regenerate", t.regenerate, () => this.ask("regenerate"), { bare: true }) : null) : null;
+    const known = ["user", "assistant", "system", "observation"].includes(role);
+    const article = h("article", { "aria-label": known ? t[role] : role,
+      class: ["glm3kit-message", known ? `glm3kit-${role}` : "", name && "glm3kit-named", live && "glm3kit-live",
+        message.left_out && "glm3kit-left-out"].filter(Boolean).join(" ") },
+    h("div", { class: "glm3kit-who" }, known ? t[role] : role, name ? h("span", { class: "glm3kit-tag" }, name) : null,
+    message.tools ? h("span", { class: "glm3kit-tag" }, fill(t.toolCount, { n: message.tools })) : null, tools), body);
+    if (!end) return { node: article, body };
+    return { node: h("div", null, article, h("div", { class: "glm3kit-gone" }, t.gone)), body };
+  }
+
+  async copied(button, text) {
+    await copy(text);
+    button.classList.add("glm3kit-done");
+    this.status.textContent = this.t.copied;
+    setTimeout(() => button.classList.remove("glm3kit-done"), 1200);
+  }
+
+  /** In place of a message: its text, to be said differently. */
+  editor(message) {
+    const t = this.t;
+    const close = () => { this.editing = null; this.update(); };
+    const save = () => {
+      if (!area.value.trim()) return;
+      this.editing = null;
+      if (message.role === "assistant") this.ask("rewrite", { at: message.at, text: area.value });
+      else if (message.at === 0 && this.isOpening()) this.ask("set_system", { text: area.value });
+      else this.ask("send", { text: area.value, role: message.role, at: message.at });
+      this.update();
+    };
+    const rows = Math.min(12, message.text.split("\n").length + 1);
+    const area = h("textarea", { "aria-label": t.editMessage, rows,
+      onkeydown: (event) => (event.key === "Escape" ? close() : this.onKey(event, save)) });
+    area.value = message.text;
+    setTimeout(() => area.focus());
+    const asks = SPEAKERS.includes(message.role) && !(message.at === 0 && this.isOpening());
+    return h("div", { class: "glm3kit-editor" }, area, h("div", { class: "glm3kit-row" },
+      this.button("", asks ? t.saveSend : t.save, save, { class: "glm3kit-primary" }),
+      this.button("", t.cancel, close)));
+  }
+
+  /** Whether the first message is a system turn that nobody answered: it sets the scene. */
+  isOpening() {
+    const [first, second] = this.model.get("messages");
+    return first?.role === "system" && second?.role !== "assistant";
+  }
+
+  /** Below the messages: an error, a call or code that waits for a person, or how to begin. */
+  buildAfter(all) {
+    const t = this.t, { error, call, code } = this.state, shown = [];
+    if (!all.length && !error) shown.push(h("div", { class: "glm3kit-hint" }, t.hint));
+    if (error) shown.push(h("div", { class: "glm3kit-card glm3kit-error", role: "alert" },
+      h("div", { class: "glm3kit-who" }, t.error), h("div", { class: "glm3kit-words" }, error.reason),
+      error.trace ? h("details", null, h("summary", null, t.trace), h("pre", null, error.trace)) : null));
+    if (call) shown.push(h("div", { class: "glm3kit-card", role: "group", "aria-label": t.wants },
+      h("div", null, `${t.wants} `, h("b", null, call.name)),
+      call.arguments ? h("pre", { class: "glm3kit-code" }, call.arguments) : null,
+      call.reason ? h("p", null, `${t.unreadable} ${call.reason}`) : null,
+      call.runs ? h("div", { class: "glm3kit-row" },
+        this.button("", t.run, () => this.ask("run_tool"), { class: "glm3kit-primary" }),
+        this.button("", t.decline, () => this.ask("send", { text: t.declined, role: "observation" })))
+        : h("p", null, t.byHand)));
+    if (code !== null) shown.push(h("div", { class: "glm3kit-card", role: "group", "aria-label": t.code },
+      h("div", null, t.code), h("div", { class: "glm3kit-row" },
+        this.button("", t.insert, () => this.insert(code), { class: "glm3kit-primary" }),
+        this.button("", t.observe, () => this.ask("observe_cell")))));
+    return shown;
+  }
+
+  insert(code) {
+    this.ask("watch_cells");
+    this.status.textContent = insertCell(this.model, code) ? this.t.inserted : this.t.cannotInsert;
+  }
+
+  /** The next line of the guide example, after what was said of it. */
+  buildChips(all) {
+    const guide = this.model.get("guide"), said = all.filter(({ role }) => role !== "assistant");
+    const told = (k) => guide.slice(0, k).every(({ role, text }, i) => {
+      const message = said[said.length - k + i];
+      return message?.role === role && message.text === text;
+    });
+    const next = [...guide.keys()].reverse().map((k) => k + 1).find(told) ?? 0;
+    const key = JSON.stringify([next, this.state.busy, this.language]);
+    if (this.chipsOf === key && this.chips.childElementCount) return;
+    this.chipsOf = key;
+    this.chips.replaceChildren();
+    if (next >= guide.length || this.state.busy) return;
+    const { role, text } = guide[next];
+    this.chips.append(h("button", { type: "button", class: "glm3kit-chip", onclick: () => this.ask("send", guide[next]) },
+      h("b", null, `${this.t.guide} ${next + 1}/${guide.length}`), ` ${this.t[role]}: ${text}`));
+  }
+
+  tokens(used, window) { return fill(window ? this.t.contextOf : this.t.contextOpen, { used, window }); }
+
+  updateFooter() {
+    const t = this.t, { used, window, busy, running, reply_tokens, speed, left_out } = this.state;
+    const full = window ? Math.min(1, used / window) : 0;
+    this.meter.hidden = !window || used === null;
+    this.bar.style.width = `${100 * full}%`;
+    this.meter.classList.toggle("glm3kit-full", full > 0.9);
+    for (const [name, value] of [["now", used], ["max", window], ["text", this.tokens(used, window)]])
+      this.meter.setAttribute(`aria-value${name}`, value ?? 0);
+    const parts = [used === null ? "" : `${t.context} ${this.tokens(window ? Math.min(used, window) : used, window)}`,
+      speed ? fill(t.speed, { n: reply_tokens, s: speed.toFixed(1) }) : "",
+      left_out ? fill(t.leftOut, { n: left_out }) : ""];
+    this.count.textContent = parts.filter(Boolean).join(" · ");
+    const was = this.wasBusy;
+    this.wasBusy = busy;
+    const note = this.model.get("note");
+    if (running) this.status.textContent = `${t.running} ${running}…`;
+    else if (busy) this.status.textContent = t.generating;
+    else if (note) this.status.textContent = note;
+    else if (was) this.status.textContent = t.done;
+    this.status.classList.toggle("glm3kit-warning", Boolean(note) && !busy);
+    if (was && !busy) {  // who most likely speaks next
+      const { call, unsent } = this.state;
+      if (unsent && !this.text.value) this.write(unsent.text, unsent.role);
+      else if (call && !call.runs) this.write(this.draft.text, "observation");
+    }
+  }
+
+  onMessage(message) {
+    if ("draft" in message) this.write(message.draft, message.role);
+    else if (this.copying) {
+      this.copying = false;
+      copy(message.text).then(() => { this.status.textContent = this.t.copied; });
+    } else if ("file" in message) download(message.file, message.text);
+  }
+}
+
+function render({ model, el }) {
+  const chat = new Chat(model, el);
+  // messages, growing and state arrive together: drawn once, before the next frame
+  let planned = 0;
+  const plan = () => { planned ||= requestAnimationFrame(() => { planned = 0; chat.update(); }); };
+  const names = ["messages", "growing", "state", "note"].map((name) => `change:${name}`);
+  names.forEach((name) => model.on(name, plan));
+  const receive = (message) => chat.onMessage(message);
+  model.on("msg:custom", receive);
+  return () => {
+    cancelAnimationFrame(planned);
+    names.forEach((name) => model.off(name, plan));
+    model.off("msg:custom", receive);
+  };
+}
+
+export default { render };
