@@ -119,6 +119,7 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--prompt", metavar="TEXT", required=True, help="the text to continue, such as 类型#裙*颜色#红色")
     verb = _add(commands, "chat", verbs.chat, f"chat configs/tiny.yaml {weights}", config=True)
     verb.add_argument("--system", metavar="TEXT", help="a system turn to open with")
+    verb.add_argument("--tools", action="store_true", help="offer three tools: arithmetic, dates, a shop's catalogue")
 
     _add(commands, "demo", verbs.demo, "demo")
     return root

@@ -279,10 +279,11 @@ def chat(args: argparse.Namespace) -> int:
     """Talk to the model in the terminal, in several roles."""
     from glm3kit.chat import ChatSession
     from glm3kit.terminal import talk
+    from glm3kit.tools import calculate, calendar, find_products
 
     net, tokenizer, options = _model(config := _config(args))
-    window = config.model.seq_length
-    talk(ChatSession(tokenizer, net.conversation(**options), args.system, seq_length=window))
+    tools = [calculate, calendar, find_products] if args.tools else None
+    talk(ChatSession(tokenizer, net.conversation(**options), args.system, tools, seq_length=config.model.seq_length))
     return 0
 
 

@@ -9,11 +9,8 @@ from pathlib import Path
 import pytest
 
 from glm3kit.__main__ import main, parser
-from glm3kit.chat import ChatSession
 from glm3kit.config import load_config
 from glm3kit.rank_table import Device, RankTable, Server
-from glm3kit.terminal import printable, talk
-from glm3kit.tokenizer import ChatGLM3Tokenizer
 from glm3kit.weights import write_random_hub_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,57 +136,6 @@ def test_without_a_rank_table_show_says_where_it_looked(capsys, monkeypatch):
     monkeypatch.setattr("glm3kit.rank_table.find_rank_table", lambda: None)
     assert status_of("rank-table", "show") == 1
     assert "RANK_TABLE_FILE" in capsys.readouterr().err
-
-
-def test_control_characters_of_a_model_do_not_reach_the_terminal():
-    assert printable("好\x1b[2J\x07的\u202e\n\t。") == "好[2J的\n\t。"
-
-
-@pytest.fixture
-def session():
-    tokenizer = ChatGLM3Tokenizer(ROOT / "glm3kit" / "tiny" / "tokenizer.model")
-    answer = tokenizer.encode("你好", add_special_tokens=False)
-    return ChatSession(tokenizer, lambda ids: iter([*answer, tokenizer.eos_id]))
-
-
-def script(*lines):
-    """Lines that a user types; then the end of the input, as by Ctrl-D."""
-    queue = iter(lines)
-
-    def read(prompt: str) -> str:
-        line = next(queue, None)
-        if line is None:
-            raise EOFError
-        return line
-
-    return read
-
-
-def test_a_conversation_in_several_roles_is_kept_and_saved(session, tmp_path, capsys):
-    file = tmp_path / "talk.json"
-    talk(session, script("/role system", "你是导游。", "/role user", "你好！", "", f"/save {file}", "/quit"))
-    history = json.loads(file.read_text(encoding="utf-8"))
-    assert [(turn["role"], turn["content"]) for turn in history] == [
-        ("system", "你是导游。"), ("assistant", "你好"), ("user", "你好！"), ("assistant", "你好")]
-    assert capsys.readouterr().out.count("你好\n") == 2
-
-
-def test_an_unknown_command_shows_the_commands_and_says_nothing_to_the_model(session, capsys):
-    talk(session, script("/role pilot", "/fly"))
-    assert capsys.readouterr().out.count("/role user|system|observation") == 3
-    assert session.history == []
-
-
-def test_an_error_and_ctrl_c_leave_the_conversation_going(session, tmp_path, capsys):
-    def interrupted(ids):
-        yield from session.tokenizer.encode("我", add_special_tokens=False)
-        raise KeyboardInterrupt
-
-    session.reply = interrupted
-    talk(session, script("你好", f"/save {tmp_path}", "/clear"))
-    printed = capsys.readouterr().out
-    assert "[stopped]" in printed
-    assert str(tmp_path) in printed
 
 
 @pytest.mark.ranks
