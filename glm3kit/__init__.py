@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ does it
     from glm3kit.chat import ChatSession
     from glm3kit.config import ModelConfig, RunConfig, load_config
+    from glm3kit.conversion import convert_weights
     from glm3kit.data import encode_adgen, encode_conversation
     from glm3kit.metrics import read_metrics
     from glm3kit.mindformers_yaml import AutoConfig
@@ -20,7 +21,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ does
     from glm3kit.rank_table import merge_rank_tables, read_rank_table
     from glm3kit.tokenizer import ChatGLM3Tokenizer
     from glm3kit.tools import tool
-    from glm3kit.weights import convert_weights, load_weights
+    from glm3kit.weights import load_weights
     from glm3kit.widgets import chat_widget
 
 __version__ = "0.1.0"
@@ -39,7 +40,7 @@ _HOME = {
     "merge_rank_tables": "rank_table", "read_rank_table": "rank_table",
     "read_metrics": "metrics",
     "AutoConfig": "mindformers_yaml",
-    "convert_weights": "weights", "load_weights": "weights",
+    "convert_weights": "conversion", "load_weights": "weights",
     "AutoModel": "model", "ChatGLM3": "model",
     "ChatSession": "chat",
     "tool": "tools",

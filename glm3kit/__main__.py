@@ -13,13 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from glm3kit import verbs
-from glm3kit.errors import ConfigError, Glm3KitError
+from glm3kit.errors import CheckpointError, ConfigError, Glm3KitError
 
 
 def _picture(path: str) -> Path:
     if not path.endswith((".png", ".svg", ".pdf")):
         raise argparse.ArgumentTypeError(f"{path}: the name says the form of a picture; end it with .png, .svg or .pdf")
     return Path(path)
+
+
+def _size(text: str) -> int:
+    from glm3kit.shards import parse_size
+
+    try:
+        return parse_size(text)
+    except CheckpointError as err:
+        raise argparse.ArgumentTypeError(str(err)) from err
 
 
 def _add(commands: Any, name: str, run: Callable[[argparse.Namespace], int], example: str,
@@ -72,10 +81,16 @@ def parser() -> argparse.ArgumentParser:
     _add_rank_table(commands)
 
     verb = _add(commands, "convert", verbs.convert, "convert chatglm3-6b models/glm3_6b.safetensors")
-    verb.add_argument("source", metavar="SRC", help="a hub folder, or a .safetensors or .ckpt file or folder")
-    verb.add_argument("destination", metavar="DST", help="the result, named .safetensors or .ckpt")
-    verb.add_argument("--to", choices=["mindspore"], default="mindspore", help="whose names to write")
+    verb.add_argument("source", metavar="SRC", help="a hub folder, or a .safetensors, .bin, .pth or .ckpt file")
+    verb.add_argument("destination", metavar="DST", nargs="?",
+                      help="the result: a file named .safetensors or .ckpt, or a folder")
+    verb.add_argument("--to", choices=["mindspore", "hf", "hf-glm"], default="mindspore",
+                      help="whose form: MindFormers', the published one, or that of Transformers' GLM, for vLLM too")
     verb.add_argument("--dtype", choices=["keep", "float16", "bfloat16", "float32"], default="keep", help="cast to it")
+    verb.add_argument("--max-shard-size", metavar="SIZE", type=_size, help="a folder of files up to it, such as 2GB")
+    verb.add_argument("--config", metavar="FILE", help="config.json or configuration, where none is beside SRC")
+    verb.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model to add for hf, where none is beside SRC")
+    verb.add_argument("--verify", action="store_true", help="read DST again (without DST: SRC) and check it")
     verb.add_argument("--force", action="store_true", help="replace an existing DST")
 
     verb = _add(commands, "data", verbs.data, "data configs/tiny.yaml", config=True)
@@ -137,6 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         root.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # overrides after an option, which argparse does not take for positional arguments
         args.overrides += rest
+    if args.run is verbs.convert and not (args.destination or args.verify):
+        root.error("convert: DST is missing; only with --verify SRC alone is enough, the result to check")
     try:
         return args.run(args)
     except ConfigError as err:

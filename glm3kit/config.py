@@ -31,6 +31,16 @@ ARCHITECTURE = {"rmsnorm": True, "add_bias_linear": False, "add_qkv_bias": True,
                 "post_layer_norm": True, "apply_residual_connection_post_layernorm": False, "original_rope": True}
 
 
+def read_published(path: str | Path) -> Any:
+    """The content of a config.json; raises ConfigError if there is none, or no JSON in it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        raise ConfigError(f"{path}: no such file; expected the config.json of the hub folder") from err
+    except (OSError, ValueError, RecursionError) as err:
+        raise ConfigError(f"{path}: cannot be read as JSON ({err}); download the file again") from err
+
+
 class Part(BaseModel):
     """Base of the groups: no unknown keys, no silent conversion of types, no change after loading."""
 
@@ -70,13 +80,11 @@ class ModelConfig(Part):
         Raises ConfigError for a missing file, a file of another model, or an architecture that ChatGLM3 does not have.
         Example: ModelConfig.from_hf("chatglm3-6b/config.json", compute_dtype="float32")
         """
-        path = Path(path)
-        try:
-            published = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as err:
-            raise ConfigError(f"{path}: no such file; expected the config.json of the hub folder") from err
-        except (OSError, ValueError) as err:
-            raise ConfigError(f"{path}: cannot be read as JSON ({err}); download the file again") from err
+        return cls.from_published(read_published(path), path, **changes)
+
+    @classmethod
+    def from_published(cls, published: Any, path: str | Path, **changes: Any) -> "ModelConfig":
+        """The sizes in the content of a published config.json; `path` is where it stood, for messages."""
         model_type = published.get("model_type") if isinstance(published, dict) else None
         if model_type != "chatglm":
             raise ConfigError(f"{path}: model_type is {model_type!r}, expected 'chatglm'; "

@@ -4,6 +4,7 @@
 """
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,33 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)  # the rename itself must survive a power cut
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Give a temporary folder beside `path`; on success it is synced and renamed to `path`, on failure removed.
+
+    What stands at `path` is moved away just before the renaming and removed after it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, replaced = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    temporary.mkdir()
+    try:
+        yield temporary
+        for entry in temporary.iterdir():
+            sync(entry)
+        sync(temporary)
+        if path.exists():
+            os.rename(path, replaced)
+        os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync(path.parent)
+    if replaced.is_dir():
+        shutil.rmtree(replaced)
+    else:
+        replaced.unlink(missing_ok=True)
 
 
 def atomic_write(path: str | Path, data: str | bytes) -> None:

@@ -109,5 +109,6 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray],
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            file.write(raw_bytes(tensors[name]))
+            for piece in tensors.pieces(name):
+                file.write(raw_bytes(piece))
         assert file.tell() == 8 + len(text) + position, "every tensor has the bytes that its spec says"

@@ -115,11 +115,17 @@ def rank_table_merge(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
-    """Convert weights to MindSpore's names."""
-    from glm3kit.weights import convert_weights
+    """Convert weights to another form, or check what an earlier conversion wrote."""
+    from glm3kit.conversion import convert_weights, verify_weights
 
-    path = convert_weights(args.source, args.destination, to=args.to, dtype=args.dtype, force=args.force)
-    print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
+    path = args.destination or args.source
+    if args.destination:
+        path = convert_weights(args.source, args.destination, to=args.to, dtype=args.dtype, config=args.config,
+                               max_shard_size=args.max_shard_size, tokenizer=args.tokenizer, force=args.force)
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        print(f"{path}: {sum(file.stat().st_size for file in files) / 1e6:,.1f} MB")
+    if args.verify:
+        print(f"{path}: {verify_weights(path)} tensors are as they were written")
     return 0
 
 

@@ -1,17 +1,18 @@
-"""ChatGLM3's weights: the published and MindSpore's names, reading, converting, loading into a model.
+"""ChatGLM3's weights in any form: reading them under MindSpore's names, writing them, loading them into a model.
 
-Names and shapes: MindFormers 1.1's checkpoints and the published `modeling_chatglm.py`. A file is mapped into memory
-and a tensor is read when it is needed, so 12 GB of weights need the memory of one tensor.
+A file is mapped into memory and a tensor is read when it is needed, so 12 GB of weights need the memory of one tensor.
+Names: `weight_names`; the forms of files: `safetensors_file`, `ckpt_file`, `torch_file`; several of them: `shards`.
 
-    convert_weights("chatglm3-6b", "glm3_6b.ckpt")
+    read_weights("chatglm3-6b")["transformer.output_layer.weight"]
 """
 
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import accumulate
 from math import sqrt
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -19,234 +20,191 @@ from tqdm.auto import tqdm
 from glm3kit.ckpt_file import read_ckpt, write_ckpt
 from glm3kit.config import ModelConfig
 from glm3kit.errors import CheckpointError
-from glm3kit.files import atomic_write
+from glm3kit.files import atomic_folder, atomic_write
+from glm3kit.manifest import Checksums, manifest_entry, read_manifest, write_manifest
 from glm3kit.safetensors_file import read_safetensors, write_safetensors
-from glm3kit.tensors import FLOATS, Tensors, TensorSpec, cast
+from glm3kit.shards import cut_into_shards, index_name, index_text, weight_files
+from glm3kit.tensors import Tensors, TensorSpec, cast
+from glm3kit.torch_file import read_torch
+from glm3kit.weight_names import EMBEDDING, INV_FREQ, TRAINING_STATE, hf_name, parameter_shapes, place
 
 if TYPE_CHECKING:
     from glm3kit.model import ChatGLM3
 
-EMBEDDING = "transformer.embedding.embedding_table"
-OUTPUT = "transformer.output_layer.weight"
-HF_EMBEDDING = "transformer.embedding.word_embeddings.weight"
-INV_FREQ = "transformer.rotary_pos_emb.inv_freq"  # constants that the model computes itself
-NEWER_EMBEDDING = "transformer.embedding.embedding_weight"  # MindFormers 1.2 and later
-# What MindFormers' training adds to a checkpoint: optimizer state, counters.
-TRAINING_STATE = re.compile(r"(adam_m|adam_v|accu_grads)\..*|global_step|step_num|epoch_num|learning_rate|loss_scale|"
-                            r"(current|last_overflow)_iterator_step")
-HUB_INDEX = "model.safetensors.index.json"
-READ_FORMS = ("read are a hub folder of .safetensors with its index, a .safetensors file, MindSpore's .ckpt, "
-              "and a folder of either")
-CASTS = ("keep", "float16", "bfloat16", "float32")
-
-
-def mindspore_name(hf_name: str) -> str:
-    """The name in MindSpore of a published (or later MindFormers) name; others stay as they are.
-
-    Example: "transformer.embedding.word_embeddings.weight" -> "transformer.embedding.embedding_table"
-    """
-    return EMBEDDING if hf_name in (HF_EMBEDDING, NEWER_EMBEDDING) else hf_name
-
-
-def hf_name(ms_name: str) -> str:
-    """The published name of a MindSpore name: the way back of `mindspore_name`."""
-    return HF_EMBEDDING if ms_name == EMBEDDING else ms_name
-
-
-def parameter_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter of a ChatGLM3 with its shape, in the order of the model; 7 a layer and 3.
-
-    Example: "transformer.embedding.embedding_table" -> (65024, 4096)
-    """
-    C, F = cfg.hidden_size, cfg.ffn_hidden_size
-    heads = cfg.num_attention_heads * cfg.kv_channels
-    fused = heads + 2 * cfg.multi_query_group_num * cfg.kv_channels  # query of all heads, key and value of the groups
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (cfg.padded_vocab_size, C)}
-    for layer in range(cfg.num_layers):
-        shapes |= {f"transformer.encoder.layers.{layer}.{name}": shape for name, shape in {
-            "input_layernorm.weight": (C,),
-            "self_attention.query_key_value.weight": (fused, C),
-            "self_attention.query_key_value.bias": (fused,),
-            "self_attention.dense.weight": (C, heads),
-            "post_attention_layernorm.weight": (C,),
-            "mlp.dense_h_to_4h.weight": (2 * F, C),  # gate and up
-            "mlp.dense_4h_to_h.weight": (C, F),
-        }.items()}
-    return shapes | {"transformer.encoder.final_layernorm.weight": (C,), OUTPUT: (cfg.padded_vocab_size, C)}
-
-
-def _index_files(index: Path) -> tuple[list[Path], dict[str, str]]:
-    """The shards that an index names, and which of them should hold each tensor."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-        outside = [name for name in names if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as err:
-        raise CheckpointError(f"{index}: no index of weights: {err!r}; expected "
-                              '{"weight_map": {"tensor name": "file name"}}; get the file again') from err
-    if outside:
-        raise CheckpointError(f"{index}: names a file outside its folder: {', '.join(outside)}; "
-                              "do not use weights of this source")
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise CheckpointError(f"{index}: {len(missing)} of {len(names)} files are not in the folder: "
-                              f"{', '.join(missing)}; get them too")
-    return [index.parent / name for name in names], weight_map
-
-
-def _weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
-    """The files that make up the weights at `path`, and what an index says of them."""
-    if path.is_file() and path.suffix in (".safetensors", ".ckpt"):
-        return [path], {}
-    if path.is_dir():
-        if (path / HUB_INDEX).is_file():
-            return _index_files(path / HUB_INDEX)
-        for suffix in (".safetensors", ".ckpt"):
-            if files := sorted(path.glob(f"*{suffix}")):
-                return files, {}
-        found = sorted(file.name for file in path.iterdir())
-        what = f"holds no weights of these forms, but {', '.join(found[:10]) or 'nothing'}"
-    elif path.exists():
-        what = f"weights in the form '{path.suffix}' are not read"
-    else:
-        what = "no such file or folder"
-    raise CheckpointError(f"{path}: {what}; {READ_FORMS}")
+HUB_INDEX = index_name(".safetensors")
+READERS: dict[str, Callable[[Path], Tensors]] = {
+    ".safetensors": read_safetensors, ".ckpt": read_ckpt, ".bin": read_torch, ".pth": read_torch}
+WRITTEN = (".ckpt", ".safetensors")
+ROOM = 10_000_000  # bytes beside the tensors: headers, index, manifest, tokenizer
 
 
 class Weights(Tensors):
     """Lazy weights under MindSpore's names.
 
-    origin: name -> (file, name there).
+    origin: name -> the (file, name there) of its parts; one but for fused tensors that are stored in parts.
     dropped: what the files hold beside the weights, left out on purpose: rotary constants, optimizer state.
     """
 
-    def __init__(self, specs: Mapping[str, TensorSpec], read: Callable[[str], np.ndarray],
-                 origin: Mapping[str, tuple[Path, str]], dropped: Iterable[str]):
-        super().__init__(specs, read)
+    def __init__(self, specs: Mapping[str, TensorSpec], opened: Mapping[Path, Tensors],
+                 origin: Mapping[str, tuple[tuple[Path, str], ...]], dropped: Iterable[str]):
+        def read(name: str) -> np.ndarray:
+            parts = [opened[file][stored] for file, stored in origin[name]]
+            return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+        def pieces(name: str) -> Iterator[np.ndarray]:
+            for file, stored in origin[name]:
+                yield from opened[file].pieces(stored)
+
+        super().__init__(specs, read, pieces=pieces)
         self.origin = dict(origin)
         self.dropped = tuple(dropped)
+
+
+def _fused(name: str, parts: list[TensorSpec]) -> TensorSpec:
+    """Type and shape of parts along the first axis; raises ValueError if they do not fit together."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if len({(spec.dtype, spec.shape[1:]) for spec in parts}) > 1 or () in [spec.shape for spec in parts]:
+        raise ValueError(f"'{name}' is stored in parts that do not fit together: "
+                         f"{', '.join(f'{spec.dtype} {list(spec.shape)}' for spec in parts)}")
+    return TensorSpec(first.dtype, (sum(spec.shape[0] for spec in parts), *first.shape[1:]))
 
 
 def read_weights(path: str | Path) -> Weights:
     """Open weights of any form: a mapping of MindSpore names to arrays, each read when it is asked for.
 
-    path: hub folder with `model.safetensors.index.json`, a folder of .safetensors or .ckpt, or one such file.
+    path: a hub folder with the index of its .safetensors or .bin, such a file, a .pth, a .ckpt, or a folder of them.
+    Names are the published ones, MindFormers' (later ones and their split tensors too), or those of Transformers' GLM.
+    What names do not tell: MindFormers' option use_rearrange_rope stores the rows of wq and wk in another order.
     bfloat16 arrays have the type `glm3kit.tensors.BFLOAT16`; `glm3kit.tensors.cast` gives numbers.
     Raises CheckpointError for files that are missing, cut off, damaged or of another form, an index that names a file
-    outside its folder, and tensors that are missing from their shard or stand in two files.
+    outside its folder or leaves one out, and tensors that are missing from their shard, stand twice or lack a part.
     Example: read_weights("chatglm3-6b").specs["transformer.output_layer.weight"].shape
     """
     path = Path(path)
-    files, weight_map = _weight_files(path)
-    opened = {file: (read_ckpt if file.suffix == ".ckpt" else read_safetensors)(file) for file in files}
+    files, weight_map = weight_files(path)
+    opened = {file: READERS[file.suffix](file) for file in files}
     faults = [f"'{name}' is not in {file}, where the index has it" for name, file in weight_map.items()
               if name not in opened[path / file]]
-    specs: dict[str, TensorSpec] = {}
-    origin: dict[str, tuple[Path, str]] = {}
+    parts: dict[str, dict[int, tuple[Path, str]]] = {}
+    counts: dict[str, int] = {}
     dropped = []
     for file, tensors in opened.items():
-        for stored, spec in tensors.specs.items():
-            name = mindspore_name(stored)
+        for stored in tensors:
+            name, index, count = place(stored)
             if name == INV_FREQ or TRAINING_STATE.fullmatch(name):
                 dropped.append(stored)
-            elif name in origin:
-                faults.append(f"'{name}' is both in {origin[name][0].name} and in {file.name}; "
+            elif counts.setdefault(name, count) != count or index in parts.setdefault(name, {}):
+                other, _ = next(iter(parts[name].values()))
+                faults.append(f"'{name}' is both in {other.name} and in {file.name}; "
                               "keep one, or give the path of one file")
             else:
-                specs[name], origin[name] = spec, (file, stored)
+                parts[name][index] = file, stored
+    specs: dict[str, TensorSpec] = {}
+    origin: dict[str, tuple[tuple[Path, str], ...]] = {}
+    for name, found in parts.items():
+        origin[name] = tuple(found[index] for index in sorted(found))
+        if len(found) < counts[name]:
+            faults.append(f"'{name}' is stored in {counts[name]} parts, there are only "
+                          f"{', '.join(stored for _, stored in origin[name])}")
+            continue
+        try:
+            specs[name] = _fused(name, [opened[file].specs[stored] for file, stored in origin[name]])
+        except ValueError as err:
+            faults.append(str(err))
     if faults:
         raise CheckpointError(f"{path}: {len(faults)} faults\n  " + "\n  ".join(faults))
-
-    def read(name: str) -> np.ndarray:
-        file, stored = origin[name]
-        return opened[file][stored]
-
-    return Weights(specs, read, origin, dropped)
+    return Weights(specs, opened, origin, dropped)
 
 
-def _check(path: Path, specs: Mapping[str, TensorSpec], expected: Mapping[str, tuple[int, ...]], by: str) -> None:
-    """Compare weights with the shapes that `by` asks for; raise CheckpointError that lists every difference."""
+def shape_faults(specs: Mapping[str, TensorSpec], expected: Mapping[str, tuple[int, ...]], by: str) -> list[str]:
+    """Every difference between weights and the shapes that `by` asks for, and at the end the advice; empty if none."""
     faults = [f"missing: '{name}' {list(shape)}" for name, shape in expected.items() if name not in specs]
     faults += [f"surplus: '{name}' {list(spec.shape)}" for name, spec in specs.items() if name not in expected]
     faults += [f"shape: '{name}' is {list(specs[name].shape)}, expected {list(shape)}"
                for name, shape in expected.items() if name in specs and specs[name].shape != shape]
     if not faults:
-        return
+        return []
     advice = f"use the weights and {by} of one model"
     stored, wanted = specs.get(EMBEDDING), expected.get(EMBEDDING)
     if stored and wanted and stored.shape[:1] != wanted[:1]:
         advice = (f"the weights have a vocabulary of {stored.shape[0]} rows, {by} asks for {wanted[0]}: "
                   f"set padded_vocab_size to {stored.shape[0]}, or use weights of this vocabulary")
-    raise CheckpointError(f"{path}: {len(faults)} tensors do not fit {by}:\n  " + "\n  ".join(faults) + f"\n{advice}")
+    return [f"{len(faults)} tensors do not fit {by}:", *(f"  {fault}" for fault in faults), advice]
 
 
-def _expected_shapes(path: Path, weights: Weights) -> tuple[dict[str, tuple[int, ...]], str]:
-    """What the weights must be: by the config.json beside them, else by the names that a ChatGLM3 has."""
-    config = (path if path.is_dir() else path.parent) / "config.json"
-    if config.is_file():
-        return parameter_shapes(ModelConfig.from_hf(config)), config.name
-    layers = {found[1] for name in weights if (found := re.match(r"transformer\.encoder\.layers\.(\d+)\.", name))}
-    shapes = parameter_shapes(ModelConfig(num_layers=max(len(layers), 1)))
-    return {name: weights.specs[name].shape if name in weights else shape for name, shape in shapes.items()}, "ChatGLM3"
+def destination_faults(path: Path, nbytes: int, as_folder: bool, force: bool) -> list[str]:
+    """Why weights of this size cannot be written there: the name, what stands in the way, the room on the disk."""
+    faults = []
+    if path.suffix not in WRITTEN and not as_folder:
+        faults.append(f"{path}: the name of the result says its form; end it with .ckpt or .safetensors")
+    if path.exists() and path.is_dir() != as_folder:
+        faults.append(f"{path}: is a {'folder' if path.is_dir() else 'file'}, the result is none; give another name")
+    elif path.is_dir() and force and not read_manifest(path):
+        faults.append(f"{path}: a folder that convert did not write is not replaced; remove it, or give another name")
+    elif path.exists() and not force:
+        faults.append(f"{path}: exists already; give another name, or --force (force=True) to replace it")
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(parent).free
+    if free < nbytes + ROOM:
+        unfinished = [entry.name for entry in parent.glob(f".{path.name}.*.tmp")]
+        faults.append(f"{path}: needs {nbytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room" + (
+            f", such as by removing what a killed run has left: {', '.join(unfinished)}" if unfinished else ""))
+    return faults
 
 
-def _check_destination(path: Path, force: bool) -> None:
-    if path.suffix not in (".ckpt", ".safetensors"):
-        raise CheckpointError(f"{path}: the name of the result says its form; end it with .ckpt or .safetensors")
-    if path.exists() and not force:
-        raise CheckpointError(f"{path}: exists already; give another name, or force=True to replace it")
+def _write_file(path: Path, tensors: Tensors) -> None:
+    if path.suffix == ".ckpt":
+        write_ckpt(path, tensors)
+    else:
+        write_safetensors(path, tensors, tensors.metadata or {"format": "ms"})
 
 
-def write_weights(path: str | Path, tensors: Tensors, *, force: bool = False, progress: bool = True) -> Path:
-    """Write tensors to one .ckpt or .safetensors file, read one at a time, with a progress bar in bytes.
+def write_weights(path: str | Path, tensors: Tensors, *, max_shard_size: int | None = None,
+                  about: Mapping[str, Any] | None = None, beside: Mapping[str, bytes] | None = None,
+                  force: bool = False, progress: bool = True) -> Path:
+    """Write tensors to one file, or to a folder of shards with their index, in pieces, with a progress bar in bytes.
 
-    Raises CheckpointError for another suffix, and for a file that exists already unless `force` is set.
+    path: a file, its form named by .ckpt or .safetensors. With `max_shard_size` (bytes of tensors a shard) a folder;
+    its shards have the form that its suffix names, without one .safetensors.
+    about: what `manifest.json` says beside the checksums. beside: other files for the folder, by name.
+    The result appears whole or not at all, and an existing one is replaced only with `force`.
+    Raises CheckpointError, before anything is written, for another suffix, a destination that exists, a full disk.
+    Example: write_weights("glm3_6b", tensors, max_shard_size=2 * 10**9)
     """
     path = Path(path)
-    _check_destination(path, force)
-    with tqdm(total=tensors.nbytes, unit="B", unit_scale=True, desc=path.name, disable=not progress) as bar:
-        def read(name: str) -> np.ndarray:
-            array = tensors[name]
-            bar.update(array.nbytes)
-            return array
+    if faults := destination_faults(path, tensors.nbytes, bool(max_shard_size), force):
+        raise CheckpointError("\n".join(faults))
+    suffix = path.suffix if path.suffix in WRITTEN else ".safetensors"
+    bar = tqdm(total=tensors.nbytes, unit="B", unit_scale=True, desc=path.name, disable=not progress)
 
-        counted = Tensors(tensors.specs, read)
-        if path.suffix == ".ckpt":
-            write_ckpt(path, counted)
+    def counted(name: str) -> Iterator[np.ndarray]:
+        for piece in tensors.pieces(name):
+            yield piece
+            bar.update(piece.nbytes)
+
+    with bar, Checksums() as checksums:
+        watched = checksums.watch(Tensors(tensors.specs, tensors.__getitem__, tensors.metadata, counted))
+        if max_shard_size:
+            shards = cut_into_shards(tensors.specs, max_shard_size, suffix)
+            with atomic_folder(path) as folder:
+                for file, names in shards.items():
+                    _write_file(folder / file, watched.select(names))
+                for file, content in (beside or {}).items():
+                    atomic_write(folder / file, content)
+                atomic_write(folder / index_name(suffix), index_text(tensors.specs, shards))
+                sums = checksums.finish()
+                write_manifest(folder, {file: manifest_entry(tensors.select(names), sums, about or {})
+                                        for file, names in shards.items()})
         else:
-            write_safetensors(path, counted, {"format": "ms"})
+            entries = read_manifest(path.parent)
+            if entries.pop(path.name, None):  # it must not tell of an earlier file, should we be killed
+                write_manifest(path.parent, entries)
+            _write_file(path, watched)
+            entry = manifest_entry(tensors, checksums.finish(), about or {})
+            write_manifest(path.parent, read_manifest(path.parent) | {path.name: entry})
     return path
-
-
-def convert_weights(src: str | Path, dst: str | Path, to: str = "mindspore", dtype: str = "keep", *,
-                    force: bool = False, progress: bool = True) -> Path:
-    """Convert weights of any form that `read_weights` reads into one file with MindSpore's names.
-
-    src: as for `read_weights`; a config.json beside the weights is what their shapes are checked against.
-    dst: a path that ends with .ckpt or .safetensors; an existing one is replaced only with `force`.
-    dtype: "keep", or the type to cast to: "float16", "bfloat16", "float32".
-    Everything is checked before anything is written; a tensor is in memory at a time; `dst` appears whole or not at
-    all. Returns the path of the result.
-    Raises CheckpointError with every missing, surplus and wrong-shaped tensor.
-    Example: convert_weights("chatglm3-6b", "glm3_6b.ckpt", dtype="float32")
-    """
-    src, dst = Path(src), Path(dst)
-    if to != "mindspore":
-        raise CheckpointError(f"to={to!r}: weights are written as 'mindspore'")
-    if dtype not in CASTS:
-        raise CheckpointError(f"dtype={dtype!r}: expected one of {', '.join(CASTS)}")
-    _check_destination(dst, force)
-    weights = read_weights(src)
-    _check(src, weights.specs, *_expected_shapes(src, weights))
-
-    def target(spec: TensorSpec) -> TensorSpec:
-        return spec if dtype == "keep" or spec.dtype not in FLOATS else TensorSpec(dtype, spec.shape)
-
-    def read(name: str) -> np.ndarray:
-        return weights[name] if dtype == "keep" else cast(weights[name], dtype, name)
-
-    tensors = Tensors({name: target(spec) for name, spec in weights.specs.items()}, read)
-    return write_weights(dst, tensors, force=force, progress=progress)
 
 
 def load_weights(net: "ChatGLM3", path: str | Path) -> None:
@@ -257,9 +215,9 @@ def load_weights(net: "ChatGLM3", path: str | Path) -> None:
     every surplus tensor.
     Example: load_weights(net, "chatglm3-6b")
     """
-    path = Path(path)
     weights = read_weights(path)
-    _check(path, weights.specs, parameter_shapes(net.cfg), "the model")
+    if faults := shape_faults(weights.specs, parameter_shapes(net.cfg), "the model"):
+        raise CheckpointError(f"{path}: " + "\n".join(faults))
     fill_parameters(net, weights)
 
 
@@ -305,6 +263,23 @@ def random_weights(cfg: ModelConfig, seed: int) -> Tensors:
     return Tensors(specs, read)
 
 
+def published_tensors(weights: Tensors, cfg: ModelConfig) -> Tensors:
+    """Weights under the published names, with the rotary constants that the official code expects."""
+    half = cfg.kv_channels // 2  # half a head is rotated, in pairs
+    dtype = weights.specs[EMBEDDING].dtype
+    inv_freq = cast(1 / 10000 ** (np.arange(0, half, 2) / half), dtype)
+    stored = {hf_name(name): name for name in weights}
+    specs = {name: weights.specs[own] for name, own in stored.items()} | {INV_FREQ: TensorSpec(dtype, inv_freq.shape)}
+
+    def read(name: str) -> np.ndarray:
+        return inv_freq if name == INV_FREQ else weights[stored[name]]
+
+    def pieces(name: str) -> Iterable[np.ndarray]:
+        return [inv_freq] if name == INV_FREQ else weights.pieces(stored[name])
+
+    return Tensors(specs, read, {"format": "pt"}, pieces)
+
+
 def write_random_hub_weights(cfg: ModelConfig, folder: str | Path, seed: int = 0, *,
                              tokenizer: str | Path | None = None, force: bool = False) -> Path:
     """Write random weights in the published hub form: config.json, two .safetensors shards with index, tokenizer.model.
@@ -318,23 +293,15 @@ def write_random_hub_weights(cfg: ModelConfig, folder: str | Path, seed: int = 0
     if (folder / HUB_INDEX).exists() and not force:
         raise CheckpointError(f"{folder}: holds weights already; give another folder, or force=True to replace them")
     (folder / HUB_INDEX).unlink(missing_ok=True)  # written last: where it is, the weights are whole
-    weights = random_weights(cfg, seed)
-    half = cfg.kv_channels // 2  # half a head is rotated, in pairs
-    inv_freq = cast(1 / 10000 ** (np.arange(0, half, 2) / half), cfg.param_dtype)
-    specs = {hf_name(name): spec for name, spec in weights.specs.items()}
-    specs[INV_FREQ] = TensorSpec(cfg.param_dtype, inv_freq.shape)
-    tensors = Tensors(specs, lambda name: inv_freq if name == INV_FREQ else weights[mindspore_name(name)])
-    weight_map, position = {}, 0
-    for name, spec in tensors.specs.items():  # the second shard begins in the middle, counted in bytes
-        shard = 1 + (2 * position >= tensors.nbytes)
-        weight_map[name] = f"model-{shard:05d}-of-00002.safetensors"
-        position += spec.nbytes
-    for file in sorted(set(weight_map.values())):
-        specs = {name: tensors.specs[name] for name in tensors if weight_map[name] == file}
-        write_safetensors(folder / file, Tensors(specs, tensors.__getitem__), {"format": "pt"})
-    index = {"metadata": {"total_size": tensors.nbytes}, "weight_map": weight_map}
+    tensors = published_tensors(random_weights(cfg, seed), cfg)
+    ends = list(accumulate(spec.nbytes for spec in tensors.specs.values()))
+    first = [name for name, end in zip(tensors, ends, strict=True) if 2 * (end - tensors.specs[name].nbytes) < ends[-1]]
+    shards = {"model-00001-of-00002.safetensors": first,  # cut in the middle, counted in bytes
+              "model-00002-of-00002.safetensors": [name for name in tensors if name not in first]}
+    for file, names in shards.items():
+        write_safetensors(folder / file, tensors.select(names), tensors.metadata)
     atomic_write(folder / "config.json", json.dumps(cfg.to_hf(), indent=2) + "\n")
     if tokenizer is not None:
         atomic_write(folder / "tokenizer.model", Path(tokenizer).read_bytes())
-    atomic_write(folder / HUB_INDEX, json.dumps(index, indent=2) + "\n")
+    atomic_write(folder / HUB_INDEX, index_text(tensors.specs, shards))
     return folder

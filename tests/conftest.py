@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 os.environ.setdefault("GLOG_v", "3")  # before any import of mindspore: its warnings would fill the report
@@ -23,3 +24,18 @@ def shared() -> Path:
 def golden(shared: Path) -> Path:
     """The expected values computed with the official PyTorch code."""
     return shared / "golden"
+
+
+@pytest.fixture(scope="session")
+def hub(golden: Path) -> Path:
+    """The golden model as a folder of a model hub."""
+    return golden / "tiny" / "hf"
+
+
+@pytest.fixture(scope="session")
+def published(hub: Path) -> dict[str, np.ndarray]:
+    """The golden tensors under their published names, read by the safetensors package."""
+    import safetensors.numpy
+
+    return {name: array for file in hub.glob("*.safetensors")
+            for name, array in safetensors.numpy.load_file(file).items()}

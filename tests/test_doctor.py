@@ -11,7 +11,8 @@ from glm3kit import doctor
 from glm3kit.config import RunConfig
 from glm3kit.doctor import Check, Machine, format_checks, run_checks
 from glm3kit.rank_table import local_rank_table
-from glm3kit.weights import parameter_shapes, write_safetensors
+from glm3kit.safetensors_file import write_safetensors
+from glm3kit.weight_names import parameter_shapes
 
 SIZES = dict(num_layers=1, padded_vocab_size=32, hidden_size=8, ffn_hidden_size=8, kv_channels=4, num_attention_heads=2,
              multi_query_group_num=2, param_dtype="float32")

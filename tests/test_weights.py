@@ -9,37 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from golden_weights import assert_golden
 
+from glm3kit.ckpt_file import write_ckpt
 from glm3kit.config import ModelConfig
+from glm3kit.conversion import convert_weights
 from glm3kit.errors import CheckpointError
+from glm3kit.safetensors_file import write_safetensors
 from glm3kit.tensors import BFLOAT16, Tensors, TensorSpec, cast
-from glm3kit.weights import (
-    convert_weights,
-    hf_name,
-    load_weights,
-    mindspore_name,
-    parameter_shapes,
-    read_weights,
-    write_ckpt,
-    write_random_hub_weights,
-    write_safetensors,
-)
+from glm3kit.weight_names import hf_name, mindspore_name, parameter_shapes
+from glm3kit.weights import load_weights, read_weights, write_random_hub_weights
 
 EMBEDDING = "transformer.embedding.embedding_table"
 OUTPUT = "transformer.output_layer.weight"
 INDEX = "model.safetensors.index.json"
-
-
-@pytest.fixture(scope="module")
-def hub(golden) -> Path:
-    return golden / "tiny" / "hf"
-
-
-@pytest.fixture(scope="module")
-def published(hub) -> dict[str, np.ndarray]:
-    """The golden tensors under their published names, read by the safetensors package."""
-    return {name: array for file in hub.glob("*.safetensors")
-            for name, array in safetensors.numpy.load_file(file).items()}
 
 
 @pytest.fixture
@@ -57,18 +40,6 @@ def ms():
     import mindspore
 
     return mindspore
-
-
-def assert_golden(tensors, published) -> None:
-    """The 24 weights of the golden model, bit for bit, under MindSpore's names."""
-    assert len(tensors) == 3 * 7 + 3
-    for name, array in published.items():
-        if name == "transformer.rotary_pos_emb.inv_freq":
-            assert name not in tensors
-            continue
-        name = name.replace("word_embeddings.weight", "embedding_table")
-        assert tensors[name].dtype == array.dtype
-        np.testing.assert_array_equal(tensors[name], array)
 
 
 def changed(folder: Path, shard: str, change) -> None:
@@ -115,8 +86,8 @@ def test_a_hub_folder_reads_as_mindspore_weights(hub, published):
     weights = read_weights(hub)
     assert_golden(weights, published)
     assert weights.dropped == ("transformer.rotary_pos_emb.inv_freq",)
-    assert weights.origin[EMBEDDING] == (hub / "model-00001-of-00002.safetensors",
-                                         "transformer.embedding.word_embeddings.weight")
+    assert weights.origin[EMBEDDING] == ((hub / "model-00001-of-00002.safetensors",
+                                          "transformer.embedding.word_embeddings.weight"),)
 
 
 @pytest.mark.parametrize("form", ["ckpt", "safetensors"])
@@ -370,12 +341,14 @@ def test_another_vocabulary_than_the_config_is_explained(copied, tmp_path):
 def test_half_a_model_without_config_or_index_is_refused(copied, tmp_path):
     for name in ("config.json", INDEX, "model-00001-of-00002.safetensors"):
         (copied / name).unlink()
-    with pytest.raises(CheckpointError, match=f"missing: '{EMBEDDING}'"):
+    with pytest.raises(CheckpointError, match="numbered, and model-00001-of-00002.safetensors is not there"):
         convert_weights(copied, tmp_path / "t.ckpt", progress=False)
+    with pytest.raises(CheckpointError, match=f"missing: '{EMBEDDING}'"):
+        convert_weights(copied / "model-00002-of-00002.safetensors", tmp_path / "t.ckpt", progress=False)
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"to": "hf"}, "written as 'mindspore'"),
+    ({"to": "onnx"}, "expected one of mindspore, hf, hf-glm"),
     ({"dtype": "int8"}, "expected one of keep, float16, bfloat16, float32"),
     ({"dst": "weights.bin"}, "end it with .ckpt or .safetensors"),
 ])
@@ -521,15 +494,14 @@ def test_an_encrypted_ckpt_is_refused(tmp_path, ms):
         read_weights(tmp_path / "t.ckpt")
 
 
-@pytest.mark.parametrize("name", ["glm3_merged.pth", "hf/pytorch_model-00001-of-00002.bin"])
-def test_a_torch_file_is_refused_with_the_forms_that_are_read(name, golden):
-    with pytest.raises(CheckpointError, match="are not read; read are a hub folder of .safetensors"):
-        read_weights(golden / "tiny" / name)
+def test_another_form_is_refused_with_the_forms_that_are_read(hub):
+    with pytest.raises(CheckpointError, match="form '.json' are not read; read are a hub folder of .safetensors"):
+        read_weights(hub / "config.json")
 
 
 def test_a_folder_without_weights_says_what_it_holds(tmp_path):
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="holds no weights of these forms, but pytorch_model.bin"):
+    (tmp_path / "model.gguf").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="holds no weights of these forms, but model.gguf"):
         read_weights(tmp_path)
     with pytest.raises(CheckpointError, match="no such file or folder"):
         read_weights(tmp_path / "nowhere")
@@ -596,6 +568,6 @@ def test_a_tokenizer_is_copied_beside_random_weights(hub, shared, tmp_path):
 
 
 def test_converting_needs_no_mindspore(hub, tmp_path):
-    code = ("import sys; from glm3kit.weights import convert_weights; "
+    code = ("import sys; from glm3kit.conversion import convert_weights; "
             "convert_weights(sys.argv[1], sys.argv[2], progress=False); assert 'mindspore' not in sys.modules")
     subprocess.run([sys.executable, "-c", code, hub, tmp_path / "t.ckpt"], check=True)

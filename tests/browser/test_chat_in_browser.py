@@ -14,7 +14,8 @@ from playwright.sync_api import Locator, Page, expect
 
 from glm3kit.config import load_config
 from glm3kit.transcript import read_transcript
-from glm3kit.weights import convert_weights, write_random_hub_weights
+from glm3kit.conversion import convert_weights
+from glm3kit.weights import write_random_hub_weights
 from glm3kit.widgets import GUIDE
 
 pytestmark = pytest.mark.browser
