@@ -13,8 +13,8 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from glm3kit.config import load_config
-from glm3kit.transcript import read_transcript
 from glm3kit.conversion import convert_weights
+from glm3kit.transcript import read_transcript
 from glm3kit.weights import write_random_hub_weights
 from glm3kit.widgets import GUIDE
 
