@@ -110,11 +110,20 @@ def parser() -> argparse.ArgumentParser:
     again.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
     again.add_argument("--overwrite", action="store_true", help="remove an earlier run of the same name first")
     verb.add_argument("--rank-table", metavar="PATH", help="default: what ModelArts provides, else this machine")
+    verb.add_argument("--wait-table", metavar="SECONDS", type=float, default=600,
+                      help="for a rank table that is still being filled; default: 600")
+    verb.add_argument("--dry-run", action="store_true", help="print what was decided, the command and its environment")
+    several = verb.add_argument_group("several machines", "found from the rank table and the machine's addresses, or "
+                                      "from ModelArts' variables; the same command runs on each")
+    several.add_argument("--node-rank", metavar="N", type=int, help="this machine's place in the table, from 0")
+    several.add_argument("--master", metavar="ADDRESS", help="of the machine where the processes meet")
+    several.add_argument("--port", type=int, help="of the master; default: 8118, on one machine any free one")
     for name, run in (("status", verbs.status), ("stop", verbs.stop), ("logs", verbs.logs)):
         verb = _add(commands, name, run, f"{name} output/tiny")
         verb.add_argument("job", metavar="JOB", help="the folder of a job")
     verb.add_argument("--rank", type=int, default=0, help="default: 0")
     verb.add_argument("--lines", type=int, default=20, help="default: 20")
+    verb.add_argument("--follow", action="store_true", help="go on until the job ends; exit with 1 if it fails")
     verb = _add(commands, "train", verbs.train, "train configs/tiny.yaml parallel.data_parallel=1", config=True)
     verb.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
 

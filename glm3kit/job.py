@@ -6,9 +6,11 @@ The folder is the job: `job.json` (written by the supervisor, see supervisor.py)
     job = Job.attach("output/run"); print(job.state()["state"]); print(job.log(rank=0))
 """
 
+import codecs
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from glm3kit.files import atomic_write
 LIVE = ("starting", "running")  # the other states are final: succeeded, failed, stopped
 JOB_VARIABLE = "GLM3KIT_JOB"  # in the environment of every process that a job starts: the job's folder
 POLL_S = 0.5
+SILENT_S = 60  # without a touch of job.json by a supervisor on another machine, which touches it every 10 s
 
 
 def now() -> str:
@@ -119,7 +122,8 @@ def rank_process(folder: str | Path) -> Iterator[None]:
         leave(code, f"SystemExit: {err.code}" if code else None)
         raise
     except BaseException as err:  # a rank that is interrupted has failed too
-        leave(1, f"{type(err).__name__}: {err}")
+        said, *_ = str(err).partition("\n\n----")  # below it MindSpore prints where it is in its own C++
+        leave(1, f"{type(err).__name__}: {said}")
         raise
     leave(0, None)
 
@@ -150,14 +154,26 @@ class Job:
         except (OSError, ValueError) as err:
             raise JobError(f"{path}: cannot be read: {err}") from err
 
+    @staticmethod
+    def _elsewhere(state: dict) -> str | None:
+        """The name of the machine that a job runs on if that is another one."""
+        host = state.get("host")
+        return host if host != socket.gethostname() else None
+
     def state(self) -> dict:
         """The content of job.json: state, reason, processes, exit_codes (by rank), started, ended, rank_size.
 
         state is "starting", "running", "succeeded", "failed" or "stopped". A job whose supervisor was killed cannot
-        say so itself: it is given as failed here.
+        say so itself: it is given as failed here. So is one that runs on another machine, in a folder that both see,
+        and has given no sign of life for a minute.
         """
         state = self._read()
-        if state["state"] in LIVE and not is_running(state["processes"]["supervisor"]):
+        if state["state"] in LIVE and self._elsewhere(state):
+            silent_s = time.time() - (self.folder / "job.json").stat().st_mtime
+            if silent_s > SILENT_S:
+                state |= {"state": "failed", "reason": f"no sign of life from the job's machine {state['host']} for "
+                                                       f"{silent_s:.0f} s; see there, or launch again with --resume"}
+        elif state["state"] in LIVE and not is_running(state["processes"]["supervisor"]):
             state = self._read()  # it may have ended just before we looked
             if state["state"] in LIVE:
                 left = [process.pid for process in job_processes(self.folder)]
@@ -173,12 +189,35 @@ class Job:
             raise JobError(f"{path}: no such log; there are {', '.join(found) or 'none yet'}")
         return last_lines(path, lines)
 
+    def follow(self, rank: int = 0, lines: int = 20) -> Iterator[str]:
+        """The last lines of a rank's log, then what is added to it, until the job ends.
+
+        Raises JobError if the job ends without a log of that rank.
+        """
+        path = self.folder / "log" / f"rank_{rank}.log"
+        while not path.exists() and self.state()["state"] in LIVE:
+            time.sleep(POLL_S)
+        yield self.log(rank, lines) + "\n"
+        decode = codecs.getincrementaldecoder("utf-8")("replace").decode  # a character may be half written
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            ended = False
+            while not ended:
+                ended = self.state()["state"] not in LIVE  # asked before the last look
+                if added := file.read():
+                    yield decode(added)
+                if not ended:
+                    time.sleep(POLL_S)
+
     def stop(self, timeout_s: float = 20) -> dict:
         """End the job and every process of it; returns the final state. A job that has ended stays as it is.
 
         Raises JobError if processes are left after `timeout_s` seconds.
         """
-        supervisor = self._read()["processes"]["supervisor"]
+        state = self._read()
+        if state["state"] in LIVE and (host := self._elsewhere(state)):
+            raise JobError(f"{self.folder}: the job runs on {host}; stop it there")
+        supervisor = state["processes"]["supervisor"]
         if is_running(supervisor):
             os.kill(supervisor["pid"], signal.SIGTERM)
             deadline = time.monotonic() + timeout_s

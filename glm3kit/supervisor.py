@@ -5,7 +5,7 @@ starting is used. Its exit code is 0 after an interruption and comes 30 s late a
 its workers behind. So the verdict is taken from the records that the ranks leave (`rank_process` in job.py), and what
 is left of a job is found and ended here.
 
-    python -m glm3kit.supervisor output/run 2 -m glm3kit train output/run/config.yaml
+    python -m glm3kit.supervisor output/run PLAN -m glm3kit train output/run/config.yaml  # PLAN: a cluster.Plan as JSON
 """
 
 import json
@@ -17,36 +17,20 @@ import subprocess
 import sys
 import time
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 
+from glm3kit.cluster import Plan, msrun_command
 from glm3kit.files import atomic_write
 from glm3kit.job import JOB_VARIABLE, end_processes, is_running, last_lines, now, process_mark
 
 POLL_S = 0.2
 GRACE_S = 3  # for a rank that failed to print its traceback, for msrun (which looks once a second) to log an exit code
 TEARDOWN_S = 30  # for a rank that is done with its work to leave the cluster
-CLUSTER_TIMEOUT_S = 300  # for all ranks to have joined
+SIGN_OF_LIFE_S = 10  # between two touches of job.json, for readers on other machines
 LOG_LINES = 20
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def msrun_command(ranks: int, port: int, log_folder: Path, command: list[str]) -> list[str]:
-    """The call of msrun that starts `python command...` once a rank on this machine, with logs rank_N.log."""
-    # msrun takes the interpreter from PATH and knows it by one of two names
-    python = "python" if (Path(sys.executable).parent / "python").exists() else "python3"
-    return [sys.executable, "-m", "mindspore.parallel.cluster.run", f"--worker_num={ranks}",
-            f"--local_worker_num={ranks}", "--master_addr=127.0.0.1", f"--master_port={port}",
-            f"--log_dir={log_folder}", "--worker_log_name=rank", f"--cluster_time_out={CLUSTER_TIMEOUT_S}",
-            f"--tail_worker_log={ranks}",  # no such rank: no `tail` processes
-            "--join=True", python, *command]
 
 
 def describe_exit(code: int | None) -> str:
@@ -66,17 +50,19 @@ def describe_exit(code: int | None) -> str:
 class Supervisor:
     """One run of one job. `run` returns when everything that was started has ended."""
 
-    def __init__(self, folder: Path, ranks: int, command: list[str]) -> None:
-        self.folder, self.ranks, self.command = folder, ranks, command
+    def __init__(self, folder: Path, plan: Plan, command: list[str]) -> None:
+        self.folder, self.plan, self.command = folder, plan, command
         self.stopping = False
         self.launcher: subprocess.Popen | None = None
-        self.launcher_name = "msrun" if ranks > 1 else "rank_0"
-        self.names = [f"rank_{rank}" for rank in range(ranks)]
+        self.launcher_name = "msrun" if plan.ranks > 1 else "rank_0"
+        self.names = [f"rank_{rank}" for rank in plan.local_ranks]
+        self.expected = {*self.names, *(["scheduler"] if plan.ranks > 1 and plan.schedules else [])}
         self.suspected: dict[str, float] = {}  # name -> when it was first seen to have failed
         self.culprit: str | None = None  # what ended by itself, without a word
-        self.written = ""  # the content of job.json
+        self.written, self.touched = "", 0.0  # the content of job.json, and when it was touched
         self.state: dict = {
-            "state": "starting", "reason": None, "started": now(), "ended": None, "rank_size": ranks,
+            "state": "starting", "reason": None, "started": now(), "ended": None, "rank_size": plan.ranks,
+            "host": socket.gethostname(), "plan": asdict(plan),
             "processes": {"supervisor": process_mark(os.getpid())}, "exit_codes": dict.fromkeys(self.names),
             "command": [sys.executable, *command],
         }
@@ -87,20 +73,18 @@ class Supervisor:
         text = json.dumps(self.state, indent=2, ensure_ascii=False) + "\n"
         if text != self.written:
             atomic_write(self.folder / "job.json", text)
-            self.written = text
+            self.written, self.touched = text, time.monotonic()
+        elif time.monotonic() - self.touched > SIGN_OF_LIFE_S:
+            os.utime(self.folder / "job.json")
+            self.touched = time.monotonic()
 
     def start(self) -> None:
         """Start the rank, or msrun for several."""
         log_folder = self.folder / "log"
         environment = os.environ | {JOB_VARIABLE: str(self.folder)}
-        environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
-        if self.ranks == 1:
-            environment |= {"RANK_ID": "0", "RANK_SIZE": "1", "DEVICE_ID": "0"}
-            command = [sys.executable, *self.command]
-        else:
-            port = free_port()
-            self.state["master_port"] = port
-            command = msrun_command(self.ranks, port, log_folder, self.command)
+        command = [sys.executable, *self.command]
+        if self.plan.ranks > 1:
+            command = msrun_command(self.plan, log_folder, self.command)
         with (log_folder / f"{self.launcher_name}.log").open("wb") as output:
             # MindSpore leaves rank_N/ and kernel_meta/ in the working folder
             self.launcher = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
@@ -110,7 +94,7 @@ class Supervisor:
     def look(self) -> dict[str, dict]:
         """Find new processes; returns the records that ranks and scheduler have left."""
         processes = self.state["processes"]
-        if self.ranks > 1 and not processes.keys() >= {*self.names, "scheduler"}:
+        if self.plan.ranks > 1 and not processes.keys() >= self.expected:
             for child in self._children():
                 try:
                     variables = child.environ()
@@ -177,7 +161,7 @@ class Supervisor:
                         if mark and str(mark["pid"]) in by_pid}
 
     def _reason(self, name: str, what: str) -> str:
-        who = f"rank {name[5:]} of {self.ranks}" if name in self.names else name
+        who = f"rank {name[5:]} of {self.plan.ranks}" if name in self.names else name
         lines = last_lines(self.folder / "log" / f"{name}.log", LOG_LINES).strip()
         return f"{who} {what}\nThe end of log/{name}.log:\n{lines or '(empty)'}"
 
@@ -209,7 +193,7 @@ class Supervisor:
         self.write(state=state, reason=reason, ended=now())
 
 
-def main(folder: str, ranks: str, *command: str) -> None:
+def main(folder: str, plan: str, *command: str) -> None:
     """Become a process of its own, say in job.json that the job starts, let the launching process go on, and run."""
     reader, writer = os.pipe()
     if os.fork():  # the launching process waits for this one only, and learns whether job.json is there
@@ -217,7 +201,7 @@ def main(folder: str, ranks: str, *command: str) -> None:
         os._exit(0 if os.read(reader, 1) else 1)
     os.close(reader)
     os.setsid()
-    supervisor = Supervisor(Path(folder), int(ranks), list(command))
+    supervisor = Supervisor(Path(folder), Plan(**json.loads(plan)), list(command))
 
     def stop(*_: object) -> None:
         supervisor.stopping = True

@@ -174,9 +174,15 @@ def data_tool_alpaca(args: argparse.Namespace) -> int:
 
 def launch(args: argparse.Namespace) -> int:
     """Train with one process a device; wait for the end unless detached."""
-    from glm3kit.launch import launch
+    from glm3kit.launch import plan_launch, run_launch
 
-    job = launch(_config(args), args.rank_table, wait=not args.detach, overwrite=args.overwrite, resume=args.resume)
+    start = plan_launch(_config(args), args.rank_table, args.resume, args.wait_table, node_rank=args.node_rank,
+                        master=args.master, port=args.port)
+    print(start.report(), flush=True)
+    if args.dry_run:
+        print(f"\n{start.shell()}")
+        return 0
+    job = run_launch(start, wait=not args.detach, overwrite=args.overwrite)
     print(f"{job.state()['state']}: {job.folder}")
     return 0
 
@@ -198,20 +204,31 @@ def stop(args: argparse.Namespace) -> int:
 
 
 def logs(args: argparse.Namespace) -> int:
-    """Show the end of a rank's log."""
+    """Show the end of a rank's log, and what is added to it."""
     from glm3kit.launch import Job
 
-    print(Job.attach(args.job).log(args.rank, args.lines))
-    return 0
+    job = Job.attach(args.job)
+    if not args.follow:
+        print(job.log(args.rank, args.lines))
+        return 0
+    try:
+        for text in job.follow(args.rank, args.lines):
+            print(text, end="", flush=True)
+    except KeyboardInterrupt:  # ends the following, not the job
+        return 0
+    return int(job.state()["state"] == "failed")
 
 
 def train(args: argparse.Namespace) -> int:
-    """Train as one rank; `launch` starts this on every device."""
-    from glm3kit.job import rank_process
-    from glm3kit.train import run_rank
+    """Train as one rank; `launch` starts this on every device, and so do ModelArts' preset engines."""
+    from glm3kit.cluster import joined
+    from glm3kit.job import JOB_VARIABLE, rank_process
 
     config = _config(args)
-    with rank_process(config.job_dir):  # leaves the record that the job's verdict is taken from
+    folder = os.environ.get(JOB_VARIABLE, config.job_dir)  # where several machines share a run, each has its own
+    with rank_process(folder), joined():  # leaves the record that the job's verdict is taken from
+        from glm3kit.train import run_rank  # here: a MindSpore that cannot be imported is recorded, too
+
         run_rank(config, args.resume)
     return 0
 

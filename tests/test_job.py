@@ -14,7 +14,7 @@ import glm3kit.launch
 from glm3kit.config import RunConfig, load_config
 from glm3kit.errors import JobError
 from glm3kit.job import Job, is_running, job_processes, rank_process
-from glm3kit.launch import launch, start_job
+from glm3kit.launch import launch, plan_launch, start_job
 from glm3kit.rank_table import local_rank_table, read_rank_table
 from glm3kit.supervisor import describe_exit
 
@@ -67,7 +67,7 @@ def start(tmp_path):
         (tmp_path / "rank.py").write_text(script)
         config = make_config(tmp_path, ranks)
         command = [str(tmp_path / "rank.py"), str(config.job_dir), behaviour, who]
-        jobs.append(start_job(config, local_rank_table(ranks), overwrite, command=command))
+        jobs.append(start_job(plan_launch(config, local_rank_table(ranks)), overwrite, command))
         return jobs[-1]
 
     yield start

@@ -4,11 +4,11 @@ import os
 
 import pytest
 
+from glm3kit.cluster import msrun_command, plan_run
 from glm3kit.config import RunConfig, load_config
 from glm3kit.errors import JobError, RankTableError
 from glm3kit.launch import choose_rank_table, launch, rank_environment, visible_devices
 from glm3kit.rank_table import Device, RankTable, Server, local_rank_table, merge_rank_tables
-from glm3kit.supervisor import msrun_command
 
 
 def make_config(folder, ranks=1, **more):
@@ -27,15 +27,10 @@ def test_too_few_devices_are_refused_with_both_numbers_and_nothing_is_written(tm
     assert not (tmp_path / "output").exists()
 
 
-def test_a_table_of_several_servers_is_refused(tmp_path):
-    with pytest.raises(JobError, match="lists 2 servers; jobs run on one machine"):
-        launch(make_config(tmp_path, 2), rank_table=two_servers())
-
-
 def test_a_table_still_initializing_starts_nothing(tmp_path):
     (tmp_path / "hccl.json").write_text('{"status": "initializing"}')
     with pytest.raises(RankTableError, match="initializing"):
-        launch(make_config(tmp_path / "output", 2), rank_table=tmp_path / "hccl.json")
+        launch(make_config(tmp_path / "output", 2), rank_table=tmp_path / "hccl.json", table_timeout_s=0)
     assert not (tmp_path / "output").exists()
 
 
@@ -67,29 +62,31 @@ def table_of(*device_ids):
 
 
 def test_other_cards_than_the_first_are_made_visible_by_their_place():
-    assert visible_devices(table_of(0, 1), [0, 1, 2, 3]) is None
-    assert visible_devices(table_of(4, 5), list(range(8))) == "4,5"
-    assert visible_devices(table_of(4, 5), [4, 5]) is None  # a container that was given these two
-    assert visible_devices(table_of(6, 4), [4, 5, 6]) == "2,0"
-    assert visible_devices(table_of(9), [0]) is None  # numbers of another host: leave it to the runtime
+    assert visible_devices(("0", "1"), [0, 1, 2, 3]) is None
+    assert visible_devices(("4", "5"), list(range(8))) == "4,5"
+    assert visible_devices(("4", "5"), [4, 5]) is None  # a container that was given these two
+    assert visible_devices(("6", "4"), [4, 5, 6]) == "2,0"
+    assert visible_devices(("9",), [0]) is None  # numbers of another host: leave it to the runtime
 
 
 def test_ranks_share_the_cores_and_forget_other_launchers(tmp_path):
     caller = {"RANK_TABLE_FILE": "x", "MS_ROLE": "MS_WORKER", "RANK_ID": "3", "HOME": "/root"}
-    environment = rank_environment(local_rank_table(2), "CPU", caller)
+    environment = rank_environment(plan_run(local_rank_table(2)), "CPU", caller)
     assert not environment.keys() & {"RANK_TABLE_FILE", "MS_ROLE", "RANK_ID"}
     assert environment["HOME"] == "/root"
     assert environment["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
-    assert rank_environment(local_rank_table(2), "CPU", {"OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"
+    assert rank_environment(plan_run(local_rank_table(2)), "CPU", {"OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"
     (tmp_path / "dev").mkdir()
     for card in range(4):
         (tmp_path / f"dev/davinci{card}").touch()
-    on_cards = rank_environment(table_of(2, 3), "Ascend", {}, tmp_path)
+    on_cards = rank_environment(plan_run(table_of(2, 3)), "Ascend", {}, tmp_path)
     assert on_cards["ASCEND_RT_VISIBLE_DEVICES"] == "2,3" and "OMP_NUM_THREADS" not in on_cards
 
 
 def test_msrun_is_asked_for_one_process_a_device_on_this_machine(tmp_path):
-    command = msrun_command(8, 4567, tmp_path, ["-m", "glm3kit", "train", "config.yaml"])
+    command = msrun_command(plan_run(local_rank_table(8), port=4567), tmp_path,
+                            ["-m", "glm3kit", "train", "config.yaml"])
+    assert not [word for word in command if word.startswith("--node_rank")]
     assert {"--worker_num=8", "--local_worker_num=8", "--master_port=4567", f"--log_dir={tmp_path}"} <= set(command)
     assert command[-5:] == ["python", "-m", "glm3kit", "train", "config.yaml"]
 

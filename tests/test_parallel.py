@@ -9,7 +9,7 @@ from generate_rank import answers
 
 from glm3kit.config import ParallelConfig, RunConfig
 from glm3kit.errors import ConfigError
-from glm3kit.launch import start_job
+from glm3kit.launch import plan_launch, start_job
 from glm3kit.merge import merge, merged_tensors
 from glm3kit.parallel import shard_of, start_processes
 from glm3kit.rank_table import local_rank_table
@@ -40,7 +40,7 @@ def train_golden(golden, folder, parallel):
     config = RunConfig(name="job", output_dir=str(folder), parallel=parallel)
     command = [str(Path(__file__).with_name("fit_golden.py")), str(golden.resolve()), str(config.job_dir),
                str(parallel.data_parallel), str(parallel.tensor_parallel)]
-    return start_job(config, local_rank_table(parallel.ranks), command=command).wait(timeout_s=240)
+    return start_job(plan_launch(config, local_rank_table(parallel.ranks)), command=command).wait(timeout_s=240)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_processes_that_share_a_model_generate_as_one(tmp_path):
     config = RunConfig(name="job", output_dir=str(tmp_path),
                        parallel=ParallelConfig(tensor_parallel=2, device_target="CPU"))
     command = [str(Path(__file__).with_name("generate_rank.py")), str(config.job_dir), "2"]
-    job = start_job(config, local_rank_table(2), command=command).wait(timeout_s=240)
+    job = start_job(plan_launch(config, local_rank_table(2)), command=command).wait(timeout_s=240)
     first, second = (json.loads((job.folder / f"answers_{rank}.json").read_text()) for rank in range(2))
     assert first == second
     assert "seed is None, expected a number" in first.pop("without a seed")
