@@ -119,7 +119,8 @@ def test_a_rank_table_is_found_counted_and_compared(machine, tmp_path):
 
 
 @pytest.mark.parametrize("content, finding, next_step", [
-    ('{"status": "initializing"}', "initializing", 'wait until status is "completed", then try again'),
+    ('{"status": "initializing"}', "initializing",
+     'wait until status is "completed" (`glm3kit rank-table wait`), then try again'),
     ("no json", "is no JSON", "correct that line or make the table again"),
     (json.dumps(local_rank_table(1).to_dict()), "lists 1 device(s), but 2 are asked for", "ask for fewer"),
 ])
