@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from glm3kit.config import DataConfig, RunConfig
-from glm3kit.display import Html, NotebookFigure, length_figure, table, token_table
+from glm3kit.display import STYLE, Html, NotebookFigure, length_figure, table, token_table
 from glm3kit.files import atomic_write
 from glm3kit.packing import pack_rows
 from glm3kit.rows import count_reasons
@@ -131,11 +131,17 @@ def find_overlap(train: TokenFile, held_out: TokenFile) -> dict[str, list[tuple[
 
 
 def length_panels(tokens: TokenFile, data: DataConfig) -> dict[str, tuple[np.ndarray, int | None]]:
-    """Lengths before cutting and their limits, for `length_figure`: source, target, total."""
+    """Lengths before cutting and their limits, for `length_figure`: source, target, total.
+
+    Where there are ADGEN rows source and target are theirs alone, for their limits are.
+    """
+    adgen = tokens.origins.kind == ADGEN
     source, target = np.asarray(tokens.origins.source), np.asarray(tokens.origins.target)
-    limits = (data.max_source_length, data.max_target_length) if (tokens.origins.kind == ADGEN).any() else (None, None)
-    return {"source": (source, limits[0]), "target": (target, limits[1]),
-            "source + target + 1": (source + target + 1, data.seq_length)}
+    panels = {"source + target + 1": (source + target + 1, data.seq_length)}
+    if adgen.any():
+        return {"source": (source[adgen], data.max_source_length), "target": (target[adgen], data.max_target_length),
+                **panels}
+    return {"source": (source, None), "target": (target, None), **panels}
 
 
 def row_table(files: Mapping[str, TokenFile]) -> Html:
@@ -185,7 +191,8 @@ def samples(tokens: TokenFile, tokenizer: ChatGLM3Tokenizer, count: int = 10, se
     """Some rows, drawn by `seed`, as token tables; what carries loss is marked."""
     drawn = np.random.default_rng(seed).choice(len(tokens), min(count, len(tokens)), replace=False)
     parts = [(place(tokens, row), token_table(*tokens[row], tokenizer)) for row in sorted(map(int, drawn))]
-    return Html("".join(f"<p><b>{escape(where)}</b></p>{shown.html}" for where, shown in parts),
+    return Html(STYLE + "".join(f"<p><b>{escape(where)}</b></p>{shown.html.removeprefix(STYLE)}"
+                                for where, shown in parts),
                 "\n\n".join(f"{where}\n{shown.text}" for where, shown in parts))
 
 

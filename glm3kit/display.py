@@ -201,7 +201,7 @@ def length_figure(panels: Mapping[str, tuple[np.ndarray, int | None]]) -> Figure
     What is longer than the limit and than 99.5 % of the rows is counted in the last bar.
     Example: length_figure({"source": (np.array([12, 80, 31]), 64)})
     """
-    figure = NotebookFigure(figsize=(9, 2 * len(panels)), dpi=100, layout="constrained")
+    figure = NotebookFigure(figsize=(8, 1.7 * len(panels)), dpi=80, layout="constrained")
     rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axes, (label, (lengths, limit)) in zip(rows, panels.items(), strict=True):
         _draw_lengths(axes, lengths, limit, label)

@@ -91,11 +91,14 @@ def test_histograms_stand_on_the_lengths_before_cutting(tmp_path):
     tokens = write(tmp_path / "t", [(ADGEN, 30, 60), (CONVERSATION, 400, 100)], window=192)
     panels = length_panels(tokens, DataConfig())
     assert [(lengths.tolist(), limit) for lengths, limit in panels.values()] == [
-        ([30, 400], 64), ([60, 100], 127), ([91, 501], 192)]
+        ([30], 64), ([60], 127), ([91, 501], 192)]
     figure = length_figure(panels)
     heights = [[patch.get_height() for patch in axes.patches] for axes in figure.axes]
-    assert [sum(height) for height in heights] == [2, 2, 2]  # every row is in a bar
-    assert figure.axes[0].get_title(loc="right") == "limit 64: 50.0% longer"
+    assert [sum(height) for height in heights] == [1, 1, 2]  # every row is in a bar
+    assert [axes.get_title(loc="right") for axes in figure.axes] == [
+        "limit 64: 0.0% longer", "limit 127: 0.0% longer", "limit 192: 50.0% longer"]
+    talks = write(tmp_path / "talks", [(CONVERSATION, 400, 100)])
+    assert [limit for _, limit in length_panels(talks, DataConfig(max_seq_length=2048)).values()] == [None, None, 2048]
     assert figure._repr_png_().startswith(b"\x89PNG")
 
 
