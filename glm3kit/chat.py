@@ -425,6 +425,8 @@ class ChatSession:
     def _append(self, asked: list[dict[str, Any]]) -> None:
         assert self._pending is not None
         self.last_reply, history = process_response(self._pending[1], asked)
+        for said in history[len(asked) :]:  # a call's content was encoded by itself in training: this space is none
+            said["content"] = said["content"].removeprefix(" ")
         with self._state:
             self.history, self._pending = history, None
         self._counted = list(history)

@@ -9,6 +9,8 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 
+from glm3kit import tiny
+from glm3kit.chat import ChatSession
 from glm3kit.errors import PromptError
 from glm3kit.prompt import (
     TOOLS_PROMPT,
@@ -311,3 +313,47 @@ def test_a_round_trip_of_random_parameters_gives_them_back():
         tool = {"role": "tool", "name": "f", "parameters": parameters, "observation": ""}
         call = conversation_messages({"conversations": [USER, tool]})[1]
         assert parse_tool_call(call.content) == parameters
+
+
+# --- a model is asked in the form that it was trained in
+
+
+def asked_again(record, tok) -> int:
+    """Check each answer's prompt in the training row against the chat's; how many answers there were."""
+    ids, messages = conversation_ids(record, tok)[0], conversation_messages(record)
+    answers = 0
+    for number, message in enumerate(messages):
+        before = messages[number - 1]
+        if message.role != "assistant" or number == 0 or before.role == "assistant":  # a second answer: nobody asks
+            continue
+        history = [earlier.to_dict() for earlier in messages[: number - 1]]
+        if before.role == "system":
+            continue
+        asked = tok.build_chat_input(before.content, history, before.role)["input_ids"][0].tolist()
+        assert ids[: len(asked)] == asked
+        answers += 1
+    return answers
+
+
+def test_every_answer_is_trained_after_the_prompt_that_build_chat_input_gives(tok, encoded):
+    assert sum(asked_again(row["record"], tok) for row in encoded) > 30
+    tiny_tok = ChatGLM3Tokenizer(tiny.TOKENIZER)
+    records = map(json.loads, tiny.CONVERSATIONS.read_text(encoding="utf-8").splitlines())
+    assert sum(asked_again(record, tiny_tok) for record in records) > 480
+
+
+def test_a_chat_session_asks_in_the_form_of_the_training_row_with_tools_and_results(tok):
+    tools = [{"name": "track", "description": "追踪股票", "parameters": {"type": "object"}}]
+    record = {"tools": tools, "conversations": [
+        {"role": "user", "content": "查股价"},
+        {"role": "tool", "name": "track", "parameters": {"symbol": "10111"}, "observation": {"price": 12412}},
+        {"role": "assistant", "content": "是 12412。"}]}
+    ids, messages = conversation_ids(record, tok)[0], conversation_messages(record)
+    answers = [tok.message_ids(message.to_dict())[1:] for message in messages if message.role == "assistant"]
+    replies = iter([[*answers[0], tok.role_id("observation")], [*answers[1], tok.eos_id]])
+    session = ChatSession(tok, lambda prompt: iter(next(replies)), tools=tools)
+    assert session.ask("查股价") == {"name": "track", "parameters": {"symbol": "10111"}}
+    assert ids[: len(session.last_prompt_ids)] == list(session.last_prompt_ids)
+    assert session.ask('{"price": 12412}', role="observation") == "是 12412。"
+    asked = list(session.last_prompt_ids)
+    assert ids == [*asked, *answers[1], tok.eos_id]
