@@ -135,6 +135,9 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("source", metavar="JOB_OR_SHARDS", help="the folder of a job, or of one of its checkpoints")
     verb.add_argument("destination", metavar="DST", help="the merged weights, named .safetensors or .ckpt")
     verb.add_argument("--strategy", metavar="PATH", help="how the shards are sliced, where it is not beside them")
+    verb.add_argument("--base", metavar="WEIGHTS",
+                      help="what LoRA adapters are folded into; default: what the job began with")
+    verb.add_argument("--adapters", action="store_true", help="write the LoRA adapters alone")
     verb.add_argument("--force", action="store_true", help="replace an existing DST")
 
     verb = _add(commands, "evaluate", verbs.evaluate, f"evaluate configs/tiny.yaml {weights}", config=True)

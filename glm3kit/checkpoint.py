@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from glm3kit.errors import CheckpointError
 from glm3kit.files import atomic_write, sync
 from glm3kit.layout import Layout, whole_tensors
+from glm3kit.lora import saved_parameters
 from glm3kit.safetensors_file import read_safetensors, write_safetensors
 from glm3kit.strategy import read_strategy, write_strategy
 from glm3kit.tensors import Tensors, TensorSpec, cast
@@ -120,11 +121,11 @@ def usable_checkpoint(job_dir: str | Path, topology: "Topology") -> Path:
 # ---- saving ----
 
 def weight_layouts(net: "ChatGLM3", topology: "Topology") -> dict[str, Layout]:
-    """How every parameter of a model is cut."""
+    """How every parameter of a model is cut, frozen ones too."""
     from glm3kit.model import slicing
 
     layouts = {}
-    for parameter in net.trainable_params():
+    for parameter in net.get_parameters():
         cut = slicing(parameter.name, net.cfg)
         axes = tuple((0,) if cut and axis == cut.axis else () for axis in range(parameter.ndim))
         layouts[parameter.name] = Layout((topology.data_parallel, topology.tensor_parallel), axes,
@@ -139,15 +140,16 @@ def state_layouts(net: "ChatGLM3", state: Iterable["Parameter"], topology: "Topo
     for parameter in state:
         name = parameter.name.partition(".")[2]
         layouts[parameter.name] = weights[name] if tuple(parameter.shape) == shapes[name] else replace(
-            weights[name], shards=topology.data_parallel, flattened=shapes[name], step=topology.tensor_parallel)
+            weights[name], shards=topology.shards, flattened=shapes[name], step=topology.tensor_parallel)
     return layouts
 
 
-def _lazily(parameters: Iterable["Parameter"], dtype: str) -> Tensors:
-    """Parameters as tensors to write in another type, each fetched from its device when it is written."""
+def _lazily(parameters: Iterable["Parameter"]) -> Tensors:
+    """Parameters as tensors to write, each fetched from its device when it is written."""
     held = {parameter.name: parameter for parameter in parameters}
-    specs = {name: TensorSpec(dtype, tuple(parameter.shape)) for name, parameter in held.items()}
-    return Tensors(specs, lambda name: cast(held[name].float().asnumpy(), dtype, name))
+    specs = {name: TensorSpec(str(parameter.dtype).lower(), tuple(parameter.shape))
+             for name, parameter in held.items()}
+    return Tensors(specs, lambda name: cast(held[name].float().asnumpy(), specs[name].dtype, name))
 
 
 def save_checkpoint(job_dir: str | Path, net: "ChatGLM3", trainer: "Trainer", topology: "Topology", keep: int,
@@ -168,10 +170,10 @@ def save_checkpoint(job_dir: str | Path, net: "ChatGLM3", trainer: "Trainer", to
     try:
         state = trainer.optimizer.state()
         written = [temporary / "optimizer" / rank_file(topology.rank)]
-        write_safetensors(written[0], _lazily(state, "float32"))
+        write_safetensors(written[0], _lazily(state))
         if topology.data_rank == 0:
             written.append(temporary / "model" / rank_file(topology.rank))
-            write_safetensors(written[1], _lazily(net.trainable_params(), net.cfg.param_dtype), {"format": "ms"})
+            write_safetensors(written[1], _lazily(saved_parameters(net, trainer.config.lora)), {"format": "ms"})
         if topology.rank == 0:
             for part, layouts in (("model", weight_layouts(net, topology)),
                                   ("optimizer", state_layouts(net, state, topology))):
@@ -254,7 +256,7 @@ def load_checkpoint(path: Path, net: "ChatGLM3", trainer: "Trainer", topology: "
     layouts = (weight_layouts(net, topology), state_layouts(net, state, topology))
     weights = _open(path / "model", topology.tensor_rank, layouts[0])
     moments = _open(path / "optimizer", topology.rank, layouts[1])
-    for parameter in (*net.trainable_params(), *state):
+    for parameter in (*saved_parameters(net, trainer.config.lora), *state):
         name, layout = parameter.name, (layouts[0] | layouts[1])[parameter.name]
         tensors, whole = moments if name in moments[0] else weights
         if name not in tensors:  # one rank alone keeps no masters of float32 weights
@@ -270,7 +272,7 @@ def load_checkpoint(path: Path, net: "ChatGLM3", trainer: "Trainer", topology: "
             if cut and topology.tensor_parallel > 1:
                 values = cut.part(values, topology.tensor_rank, topology.tensor_parallel)
             if layout.flattened:
-                values = shard_of(values, topology.data_rank, topology.data_parallel)
+                values = shard_of(values, topology.shard_rank, topology.shards)
         # In place: compiled graphs hold on to the memory they were compiled with.
         parameter.copy_(Tensor(cast(values, "float32")).astype(parameter.dtype))
     trainer.load_state(marker)

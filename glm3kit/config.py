@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -22,10 +22,11 @@ from glm3kit.files import atomic_write
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Count = Annotated[int, Field(ge=1)]
+LoraTarget = Literal["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]  # the matrices of a layer
 Paths = Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
 # Keys that hold paths, as (group, key).
-PATH_KEYS = (("output_dir",), ("model", "checkpoint_name_or_path"), ("model", "tokenizer_path"),
-             ("data", "train_path"), ("data", "eval_path"))
+PATH_KEYS = (("output_dir",), ("model", "checkpoint_name_or_path"), ("model", "adapters_path"),
+             ("model", "tokenizer_path"), ("data", "train_path"), ("data", "eval_path"))
 # What all ChatGLM3 models have in common, as their config.json says it; another value is another model.
 ARCHITECTURE = {"rmsnorm": True, "add_bias_linear": False, "add_qkv_bias": True, "multi_query_attention": True,
                 "post_layer_norm": True, "apply_residual_connection_post_layernorm": False, "original_rope": True}
@@ -62,6 +63,7 @@ class ModelConfig(Part):
     param_dtype: Dtype = "float16"
     compute_dtype: Dtype = "float16"
     checkpoint_name_or_path: str | None = None  # a weights file or folder
+    adapters_path: str | None = None  # LoRA adapters to fold into those weights: a file, a checkpoint or a job
     tokenizer_path: str | None = None
 
     @model_validator(mode="after")
@@ -102,7 +104,8 @@ class ModelConfig(Part):
 
     def to_hf(self) -> dict[str, Any]:
         """The content of the published config.json for these sizes; `from_hf` reads it back, the official code too."""
-        own = self.model_dump(exclude={"param_dtype", "compute_dtype", "checkpoint_name_or_path", "tokenizer_path"})
+        own = self.model_dump(exclude={"param_dtype", "compute_dtype", "checkpoint_name_or_path", "adapters_path",
+                                       "tokenizer_path"})
         return {"architectures": ["ChatGLMModel"], "model_type": "chatglm", "torch_dtype": self.param_dtype,
                 **own, **ARCHITECTURE, "hidden_dropout": 0.0, "attention_dropout": 0.0, "bias_dropout_fusion": True,
                 "apply_query_key_layer_scaling": True, "attention_softmax_in_fp32": True,
@@ -145,6 +148,16 @@ class DataConfig(Part):
                 f"{self.max_source_length + self.max_target_length + 1}")
 
 
+class LoraConfig(Part):
+    """Adapters beside frozen matrices; MindFormers' LoRA configurations also set dropout 0.1."""
+
+    rank: Count = 8
+    alpha: float = Field(32.0, gt=0)  # what an adapter adds is scaled by alpha / rank
+    dropout: float = Field(0.0, ge=0, lt=1)  # of an adapter's input
+    targets: Annotated[tuple[LoraTarget, ...], Field(strict=False, min_length=1)] = ("query_key_value",)
+    adapters_only: bool = False  # checkpoints leave the frozen weights out; merge then reads them where they came from
+
+
 class TrainConfig(Part):
     """Optimizer, schedule and saving; AdamW and a polynomial of power 1 as in MindFormers' GLM3 configurations."""
 
@@ -160,6 +173,7 @@ class TrainConfig(Part):
     weight_decay: float = Field(0.1, ge=0)  # not on biases and norms
     max_grad_norm: float | None = Field(1.0, gt=0)  # null: no clipping
     loss_scale: float | Literal["dynamic"] | None = None  # "dynamic": 65536, factor 2, window 1000
+    lora: LoraConfig | None = None  # train adapters alone; null: all weights
     seed: int = Field(0, ge=0)
     save_steps: Count | None = None  # default: at the end only
     keep_checkpoints: Count = 1
@@ -171,6 +185,7 @@ class ParallelConfig(Part):
 
     data_parallel: Count = 1  # see different rows
     tensor_parallel: Count = 1  # share each matrix
+    shard_optimizer: bool = True  # ranks that see different rows share optimizer state and gradients
     device_target: Literal["auto", "CPU", "Ascend"] = "auto"
 
     @property
@@ -223,13 +238,17 @@ class RunConfig(Part):
 
     @model_validator(mode="after")
     def _check_layout(self) -> "RunConfig":
+        def uneven(ranks: int) -> list[str]:
+            sizes = {key: getattr(self.model, key) for key in ("num_attention_heads", "multi_query_group_num",
+                                                               "ffn_hidden_size", "padded_vocab_size")}
+            # Several ranks may hold the same key/value group.
+            return [f"{key} {size}" for key, size in sizes.items()
+                    if size % ranks and not (key == "multi_query_group_num" and ranks % size == 0)]
+
         ranks = self.parallel.tensor_parallel
-        sizes = {key: getattr(self.model, key) for key in ("num_attention_heads", "multi_query_group_num",
-                                                           "ffn_hidden_size", "padded_vocab_size")}
-        uneven = [f"{key} {size}" for key, size in sizes.items() if size % ranks]
-        if uneven:
-            fits = [n for n in range(1, ranks) if all(size % n == 0 for size in sizes.values())]
-            raise ValueError(f"parallel.tensor_parallel is {ranks}, which does not divide {', '.join(uneven)}; "
+        if faults := uneven(ranks):
+            fits = [n for n in range(1, self.model.num_attention_heads + 1) if not uneven(n)]
+            raise ValueError(f"parallel.tensor_parallel is {ranks}, which does not divide {', '.join(faults)}; "
                              f"these would do: {', '.join(map(str, fits))}")
         return self
 
@@ -280,16 +299,23 @@ def _lines(node: yaml.Node | None, path: tuple = ()) -> dict[tuple, int]:
     return lines
 
 
+def _group(holder: type[Part], key: str) -> type[Part] | None:
+    """The group that a key of another group holds (or may hold, as `lora`), None for a plain value."""
+    field = holder.model_fields.get(key)
+    kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Part)), None)
+
+
 def faults_of(error: ValidationError, lines: dict[tuple, int | str], source: str, root: type[Part]) -> list[str]:
     """One line a key with a fault: where it stands, what was found, what was expected."""
     faults: dict[tuple[str, str], list[str]] = {}
     for item in error.errors():
         group, loc = root, ()
         for part in item["loc"]:  # what follows the key is pydantic's: places in a list, members of a union
-            if not (isinstance(group, type) and issubclass(group, Part)):
+            if group is None:
                 break
             loc = (*loc, part)
-            group = group.model_fields[part].annotation if part in group.model_fields else None
+            group = _group(group, part)
         place = loc
         if item["type"] == "value_error":  # our own validators begin with the key that they are about
             place += tuple(item["msg"].removeprefix("Value error, ").split(" ")[0].split("."))
@@ -298,7 +324,7 @@ def faults_of(error: ValidationError, lines: dict[tuple, int | str], source: str
         if item["type"] == "extra_forbidden":
             holder = root
             for part in loc[:-1]:
-                holder = holder.model_fields[part].annotation
+                holder = _group(holder, part)
             near = difflib.get_close_matches(loc[-1], list(holder.model_fields), 1)
             message = "unknown key; " + (f"did you mean '{near[0]}'?" if near else
                                          f"known here: {', '.join(holder.model_fields)}")

@@ -13,7 +13,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from glm3kit.model import MASKED, ChatGLM3
+from glm3kit.attention import MASKED
+from glm3kit.model import ChatGLM3
 
 SHORTEST_PREFILL = 64  # tokens; padding a shorter prompt costs less than compiling one more graph
 

@@ -53,6 +53,15 @@ class Slicing:
         return parts[0] if len(parts) == 1 else np.concatenate(parts, self.axis)
 
 
+def copies_of(cut: Slicing | None, ranks: int) -> tuple[int, int]:
+    """(n, copies) of a slice: its first n indices no other rank holds, each of the others `copies` ranks hold alike."""
+    if cut is None:
+        return 0, ranks
+    units = [length // cut.unit for length in cut.segments]
+    alone = [end - first for (first, end), count in zip(cut.ranges(0, ranks), units, strict=True) if count >= ranks]
+    return sum(alone), max(ranks // min(units), 1)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Which piece of a parameter each rank holds.

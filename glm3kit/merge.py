@@ -11,12 +11,14 @@ from pathlib import Path
 
 from glm3kit.checkpoint import STRATEGY, newest_checkpoint
 from glm3kit.ckpt_file import read_ckpt
+from glm3kit.config import load_config
 from glm3kit.errors import CheckpointError
 from glm3kit.layout import whole_tensors
+from glm3kit.lora import fold_adapters, is_adapter, read_adapters
 from glm3kit.safetensors_file import read_safetensors
 from glm3kit.strategy import read_strategy
 from glm3kit.tensors import Tensors
-from glm3kit.weights import TRAINING_STATE, write_weights
+from glm3kit.weights import TRAINING_STATE, read_weights, write_weights
 
 READERS = {".safetensors": read_safetensors, ".ckpt": read_ckpt}
 
@@ -90,17 +92,39 @@ def merged_tensors(source: str | Path, strategy: str | Path | None = None) -> Te
         raise CheckpointError(f"{folder}: the strategy file is of another run: it describes {described} ranks, there "
                               f"is a file of rank {max(ranks)}")
     whole = whole_tensors(ranks, layouts, str(folder))
-    if lost := [name for name in layouts if name not in whole]:
+    lost = [name for name in layouts if name not in whole]
+    if lost and not all(map(is_adapter, whole)):  # adapters may have been saved alone
         raise CheckpointError(f"{folder}: the strategy file is of another run: {len(lost)} of its parameters are in no "
                               f"shard: {lost[:3]}")
     return whole
 
 
-def merge(source: str | Path, destination: str | Path, strategy: str | Path | None = None, *, force: bool = False,
-          progress: bool = True) -> Path:
+def _base_weights(source: Path) -> Path:
+    """The weights that a job's adapters were trained beside, as its config.yaml names them."""
+    config = next((parent / "config.yaml" for parent in (source, *source.resolve().parents[:4])
+                   if (parent / "config.yaml").is_file()), None)
+    path = load_config(config).model.checkpoint_name_or_path if config else None
+    if path is None:
+        raise CheckpointError(f"{source}: holds adapters alone, and no config.yaml there names the weights they belong "
+                              "to; give them as base")
+    return Path(path)
+
+
+def merge(source: str | Path, destination: str | Path, strategy: str | Path | None = None, *,
+          base: str | Path | None = None, adapters: bool = False, force: bool = False, progress: bool = True) -> Path:
     """Merge a sharded checkpoint into one .safetensors or .ckpt file with MindSpore's names, a tensor at a time.
 
     source, strategy: as for `merged_tensors`. An existing destination is replaced only with `force`.
+    LoRA adapters are folded into the weights they stand beside, else into those of `base` (default: what the job
+    started from). adapters: write the adapters alone.
     Example: merge("output/tiny", "output/tiny/merged.safetensors")
     """
-    return write_weights(destination, merged_tensors(source, strategy), force=force, progress=progress)
+    source = Path(source)
+    tensors = merged_tensors(source, strategy)
+    if adapters:
+        tensors = read_adapters(source)
+    elif base or all(is_adapter(name) for name in tensors):
+        tensors = fold_adapters(tensors, read_weights(base or _base_weights(source)), str(source))
+    else:
+        tensors = fold_adapters(tensors, origin=str(source))
+    return write_weights(destination, tensors, force=force, progress=progress)

@@ -1,8 +1,7 @@
-"""ChatGLM3, all of it: embedding, rotary attention with grouped keys and values, SwiGLU, RMSNorm, loss.
+"""ChatGLM3: layers of attention and MLP, embedding and output layer, loss.
 
 Computes what the published `modeling_chatglm.py` computes; parameter names are MindFormers 1.1's. In the shapes:
-B batch, T tokens, S slots of the kv cache, C hidden size, H heads, G key/value groups, d head size, F ffn size,
-V vocabulary.
+B batch, T tokens, S slots of the kv cache, C hidden size, V vocabulary; the parts are in layers.py and attention.py.
 
     net = ChatGLM3(ModelConfig.from_hf("chatglm3-6b/config.json")); logits = net(ms.Tensor([[64790, 64792]], ms.int32))
 """
@@ -14,50 +13,32 @@ from typing import TYPE_CHECKING, Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
-from mindspore.common.initializer import Normal, initializer
+from mindspore import Tensor, nn, ops
 
+from glm3kit.attention import MASKED, SelfAttention, rotary_tables
 from glm3kit.config import ModelConfig
+from glm3kit.layers import MLP, Embedding, Linear, RMSNorm
 from glm3kit.layout import Slicing
-from glm3kit.parallel import ALONE, CopyToSlices, GatherSlices, SumOfSlices, Topology
+from glm3kit.parallel import ALONE, GatherSlices, SumOfSlices, Topology
 
 if TYPE_CHECKING:  # it imports this module
     from glm3kit.generate import Conversation
 
 IGNORE_INDEX = -100  # a label that carries no loss
-MASKED = -65504.0  # added to a score that must not count: the lowest float16
-
-
-def rotary_tables(length: int, kv_channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of positions 0 to length - 1: two float32 arrays (length, d).
-
-    Only the first half of a head is rotated, in interleaved pairs, base 10000; the second half has cos 1 and sin 0.
-    """
-    half = kv_channels // 2
-    frequencies = 1.0 / 10000 ** (np.arange(0, half, 2, dtype=np.float32) / half)  # (d/4,)
-    angles = np.outer(np.arange(length, dtype=np.float32), frequencies).astype(np.float32)
-    angles = np.repeat(angles, 2, axis=1)  # (length, d/2): a pair shares its angle
-    angles = np.concatenate([angles, np.zeros((length, kv_channels - half), np.float32)], axis=1)
-    return np.cos(angles), np.sin(angles)
-
-
-def rotation_matrix(kv_channels: int) -> np.ndarray:
-    """R (d, d) with x @ R = (-x1, x0, -x3, x2, ..., 0, 0), so that a rotation is x * cos + (x @ R) * sin."""
-    matrix = np.zeros((kv_channels, kv_channels), np.float32)
-    even = np.arange(0, kv_channels // 2, 2)
-    matrix[even + 1, even] = -1
-    matrix[even, even + 1] = 1
-    return matrix
 
 
 def slicing(name: str, cfg: ModelConfig) -> Slicing | None:
     """How tensor parallelism cuts a parameter, None for one that every rank holds whole.
 
     The matrices that enter attention and MLP are cut by their outputs (whole heads, whole gate/up columns), those that
-    leave by their inputs, embedding and output layer by words.
+    leave by their inputs, embedding and output layer by words. Where there are more ranks than key/value groups,
+    several ranks hold the same group. An adapter's A is cut where W's inputs are, its B where W's outputs are.
     """
     head, ffn = cfg.kv_channels, cfg.ffn_hidden_size
     queries, keys = cfg.num_attention_heads * head, cfg.multi_query_group_num * head
+    by_inputs = "self_attention.dense" in name or "dense_4h_to_h" in name
+    if name.endswith(("lora_alpha", "lora_b" if by_inputs else "lora_a")):
+        return None
     if "query_key_value" in name:
         return Slicing(0, (queries, keys, keys), unit=head)
     if "dense_h_to_4h" in name:
@@ -69,97 +50,6 @@ def slicing(name: str, cfg: ModelConfig) -> Slicing | None:
     if "embedding_table" in name or "output_layer" in name:
         return Slicing(0, (cfg.padded_vocab_size,))
     return None
-
-
-class RMSNorm(nn.Cell):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 (https://arxiv.org/abs/1910.07467)."""
-
-    def __init__(self, size: int, eps: float, dtype: ms.Type):
-        super().__init__()
-        self.weight = Parameter(initializer("ones", (size,), dtype), "weight")
-        self.eps = eps
-        self.mean = ops.ReduceMean(keep_dims=True)
-
-    def construct(self, x: Tensor) -> Tensor:
-        wide = x.astype(ms.float32)
-        wide = wide * ops.rsqrt(self.mean(ops.square(wide), -1) + self.eps)
-        return (wide * self.weight.astype(ms.float32)).astype(x.dtype)
-
-
-class Linear(nn.Cell):
-    """y = x W^T (+ b) in the computing type, over rows (N, in) -> (N, out); W as published: (out, in)."""
-
-    def __init__(self, in_size: int, out_size: int, cfg: ModelConfig, bias: bool = False, scale: float = 1.0):
-        super().__init__()
-        dtype = getattr(ms, cfg.param_dtype)
-        self.weight = Parameter(initializer(Normal(0.02 * scale), (out_size, in_size), dtype), "weight")
-        self.bias = Parameter(initializer("zeros", (out_size,), dtype), "bias") if bias else None
-        self.dtype = getattr(ms, cfg.compute_dtype)
-        self.matmul = ops.MatMul(transpose_b=True)
-
-    def construct(self, x: Tensor) -> Tensor:
-        y = self.matmul(x.astype(self.dtype), self.weight.astype(self.dtype))
-        return y if self.bias is None else y + self.bias.astype(self.dtype)
-
-
-class SelfAttention(nn.Cell):
-    """Causal attention: H query heads share G key/value groups; query head h uses group h // (H/G).
-
-    Under tensor parallelism H and G are this rank's. With a cache, keys and values are written to its slots, and
-    attention looks at all S slots that the mask allows.
-    """
-
-    def __init__(self, cfg: ModelConfig, topology: Topology, depth_scale: float):
-        super().__init__()
-        self.heads = cfg.num_attention_heads // topology.tensor_parallel
-        self.groups = cfg.multi_query_group_num // topology.tensor_parallel
-        self.size = cfg.kv_channels
-        self.copy, self.sum = CopyToSlices(topology), SumOfSlices(topology)
-        self.query_key_value = Linear(cfg.hidden_size, (self.heads + 2 * self.groups) * self.size, cfg, bias=True)
-        self.dense = Linear(self.heads * self.size, cfg.hidden_size, cfg, scale=depth_scale)
-        self.rotation = Tensor(rotation_matrix(self.size), getattr(ms, cfg.compute_dtype))
-        self.scale = 1 / sqrt(self.size)
-        self.scores = ops.BatchMatMul(transpose_b=True)
-        self.values = ops.BatchMatMul()
-        self.softmax = ops.Softmax()
-        self.write = ops.ScatterUpdate()
-
-    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: tuple | None = None,
-                  slots: Tensor | None = None) -> Tensor:
-        B, T, C = x.shape
-        H, G, d = self.heads, self.groups, self.size
-        qkv = self.query_key_value(self.copy(x).reshape(B * T, C)).reshape(B, T, H + 2 * G, d)
-        qk, v = ops.split(qkv, [H + G, G], 2)
-        turned = ops.matmul(qk.reshape(-1, d), self.rotation).reshape(B, T, H + G, d)
-        qk = qk * cos + turned * sin  # cos and sin: (B or 1, T, 1, d)
-        q, k = ops.split(qk, [H, G], 2)
-        q = q.reshape(B, T, G, H // G, d).transpose(0, 2, 3, 1, 4).reshape(B, G, H // G * T, d)
-        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # (B, G, T, d)
-        if cache is not None:
-            k = self.write(cache[0], slots, k.reshape(-1, d)).reshape(B, G, -1, d)  # (B, G, S, d)
-            v = self.write(cache[1], slots, v.reshape(-1, d)).reshape(B, G, -1, d)
-        scores = self.scores(q * self.scale, k).astype(ms.float32)  # softmax in float32, as the reference
-        scores = scores.reshape(B, G, H // G, T, -1) + mask  # mask: (B or 1, 1, 1, T, S)
-        probs = self.softmax(scores).astype(x.dtype).reshape(B, G, H // G * T, -1)
-        y = self.values(probs, v)  # (B, G, H/G * T, d)
-        y = y.reshape(B, G, H // G, T, d).transpose(0, 3, 1, 2, 4).reshape(B * T, H * d)
-        return self.sum(self.dense(y)).reshape(B, T, C)
-
-
-class MLP(nn.Cell):
-    """SwiGLU: silu(gate) * up, with gate and up in one matrix (https://arxiv.org/abs/2002.05202)."""
-
-    def __init__(self, cfg: ModelConfig, topology: Topology, depth_scale: float):
-        super().__init__()
-        self.ffn_size = cfg.ffn_hidden_size // topology.tensor_parallel
-        self.copy, self.sum = CopyToSlices(topology), SumOfSlices(topology)
-        self.dense_h_to_4h = Linear(cfg.hidden_size, 2 * self.ffn_size, cfg)
-        self.dense_4h_to_h = Linear(self.ffn_size, cfg.hidden_size, cfg, scale=depth_scale)
-
-    def construct(self, x: Tensor) -> Tensor:
-        B, T, C = x.shape
-        gate, up = ops.split(self.dense_h_to_4h(self.copy(x).reshape(B * T, C)), self.ffn_size, 1)  # (B*T, F) each
-        return self.sum(self.dense_4h_to_h(ops.silu(gate) * up)).reshape(B, T, C)
 
 
 class Layer(nn.Cell):
@@ -178,27 +68,6 @@ class Layer(nn.Cell):
                   slots: Tensor | None = None) -> Tensor:
         x = x + self.self_attention(self.input_layernorm(x), cos, sin, mask, cache, slots)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class Embedding(nn.Cell):
-    """Rows of the embedding table in the computing type: (B, T) -> (B, T, C); each rank holds a slice of the words."""
-
-    def __init__(self, cfg: ModelConfig, topology: Topology):
-        super().__init__()
-        self.words = cfg.padded_vocab_size // topology.tensor_parallel
-        self.first = topology.tensor_rank * self.words
-        self.embedding_table = Parameter(initializer(Normal(0.02), (self.words, cfg.hidden_size),
-                                                     getattr(ms, cfg.param_dtype)), "embedding_table")
-        self.dtype = getattr(ms, cfg.compute_dtype)
-        self.whole, self.sum = topology.tensor_parallel == 1, SumOfSlices(topology)
-
-    def construct(self, input_ids: Tensor) -> Tensor:
-        if self.whole:
-            return ops.gather(self.embedding_table, input_ids, 0).astype(self.dtype)
-        local = input_ids - self.first
-        ours = ops.logical_and(local >= 0, local < self.words)
-        rows = ops.gather(self.embedding_table, ops.select(ours, local, ops.zeros_like(local)), 0).astype(self.dtype)
-        return self.sum(rows * ours.astype(self.dtype).expand_dims(-1))
 
 
 class Encoder(nn.Cell):
@@ -223,7 +92,7 @@ class Transformer(nn.Cell):
         super().__init__()
         self.embedding = Embedding(cfg, topology)
         self.encoder = Encoder(cfg, topology)
-        self.output_layer = Linear(cfg.hidden_size, cfg.padded_vocab_size // topology.tensor_parallel, cfg)
+        self.output_layer = Linear(cfg.hidden_size, cfg.padded_vocab_size // topology.tensor_parallel, cfg, topology, 0)
 
 
 class CrossEntropySum(nn.Cell):
@@ -279,7 +148,7 @@ class ChatGLM3(nn.Cell):
         cos, sin = rotary_tables(cfg.seq_length, cfg.kv_channels)
         dtype = getattr(ms, cfg.compute_dtype)  # the reference keeps its tables in the model's type
         self.cos, self.sin = Tensor(cos, dtype), Tensor(sin, dtype)
-        self.copy, self.gather = CopyToSlices(topology), GatherSlices(topology)
+        self.gather = GatherSlices(topology)
         self.cross_entropy = CrossEntropySum(topology)
         self.decoders: dict[int, list[nn.Cell]] = {}  # idle kv caches of `generate`, by batch size
 
@@ -299,7 +168,7 @@ class ChatGLM3(nn.Cell):
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states (N, C) -> this rank's slice of the logits (N, V / ranks) in float32."""
-        return self.transformer.output_layer(self.copy(x)).astype(ms.float32)
+        return self.transformer.output_layer(x).astype(ms.float32)
 
     def construct(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         x = self.hidden(input_ids, attention_mask)
@@ -341,9 +210,9 @@ class AutoModel:
 
     @staticmethod
     def from_config(config: ModelConfig) -> ChatGLM3:
-        """A ChatGLM3 with the weights that `config.checkpoint_name_or_path` names; random ones where it names none."""
+        """A ChatGLM3 with the weights (and adapters) that the configuration names; random ones where it names none."""
         from glm3kit.weights import load_weights
         net = ChatGLM3(config)
         if config.checkpoint_name_or_path:
-            load_weights(net, config.checkpoint_name_or_path)
+            load_weights(net, config.checkpoint_name_or_path, config.adapters_path)
         return net

@@ -20,6 +20,7 @@ from mindspore.communication import GlobalComm, create_group, get_group_size, ge
 
 from glm3kit.config import ParallelConfig
 from glm3kit.errors import ConfigError
+from glm3kit.layout import Slicing, copies_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Topology:
     tensor_parallel: int = 1
     data_group: str = ""  # of the ranks with the same slices
     tensor_group: str = ""  # of the ranks with the same rows
+    shard_optimizer: bool = True  # whether ranks with the same slices share the optimizer's state
 
     @property
     def ranks(self) -> int:
@@ -43,6 +45,16 @@ class Topology:
     @property
     def tensor_rank(self) -> int:
         return self.rank % self.tensor_parallel
+
+    @property
+    def shards(self) -> int:
+        """How many ranks share the optimizer state of a slice."""
+        return self.data_parallel if self.shard_optimizer else 1
+
+    @property
+    def shard_rank(self) -> int:
+        """Which of the shards is this rank's."""
+        return self.data_rank if self.shard_optimizer else 0
 
 
 ALONE = Topology()
@@ -72,12 +84,12 @@ def start_processes(config: ParallelConfig) -> Topology:
     rank, data, tensor = get_rank(), config.data_parallel, config.tensor_parallel
     world = GlobalComm.WORLD_COMM_GROUP
     if tensor == 1 or data == 1:
-        return Topology(rank, data, tensor, world, world)
+        return Topology(rank, data, tensor, world, world, config.shard_optimizer)
     # Every process makes its own two groups; their names hold the first rank, which no other group of the kind has.
     first, column = rank - rank % tensor, rank % tensor
     create_group(f"tensor-{first}", list(range(first, first + tensor)))
     create_group(f"data-{column}", list(range(column, config.ranks, tensor)))
-    return Topology(rank, data, tensor, f"data-{column}", f"tensor-{first}")
+    return Topology(rank, data, tensor, f"data-{column}", f"tensor-{first}", config.shard_optimizer)
 
 
 def any_rank(flag: bool, topology: Topology) -> bool:
@@ -110,17 +122,21 @@ def shard_of(values: np.ndarray, rank: int, ranks: int) -> np.ndarray:
 
 
 class ReduceScatter(nn.Cell):
-    """Sum a gradient over the data group and keep this rank's shard, as `shard_of` cuts it."""
+    """Sum a gradient over the data group and keep this rank's shard, as `shard_of` cuts it; unsharded, all of it."""
 
     def __init__(self, topology: Topology):
         super().__init__()
-        self.rank, self.ranks, self.native = topology.data_rank, topology.data_parallel, on_ascend()
-        if self.ranks > 1:
-            self.collective = (ops.ReduceScatter if self.native else ops.AllReduce)(group=topology.data_group)
+        self.rank, self.ranks, self.native = topology.shard_rank, topology.shards, on_ascend()
+        self.alone = topology.data_parallel == 1
+        if not self.alone:
+            scatters = self.native and self.ranks > 1
+            self.collective = (ops.ReduceScatter if scatters else ops.AllReduce)(group=topology.data_group)
 
     def construct(self, gradient: Tensor) -> Tensor:
-        if self.ranks == 1:
+        if self.alone:
             return gradient
+        if self.ranks == 1:
+            return self.collective(gradient)
         flat = gradient.reshape(-1)
         size = -(-flat.shape[0] // self.ranks)
         padding = size * self.ranks - flat.shape[0]
@@ -131,11 +147,11 @@ class ReduceScatter(nn.Cell):
 
 
 class AllGather(nn.Cell):
-    """Put the shards of the data group together again: (shard size,) -> shape; alone, the shard is the array."""
+    """Put the shards of the data group together again: (shard size,) -> shape; unsharded, the shard is the array."""
 
     def __init__(self, topology: Topology):
         super().__init__()
-        self.rank, self.ranks = topology.data_rank, topology.data_parallel
+        self.rank, self.ranks = topology.shard_rank, topology.shards
         self.native = on_ascend() or topology.tensor_parallel == 1
         if self.ranks > 1:
             self.collective = (ops.AllGather if self.native else ops.AllReduce)(group=topology.data_group)
@@ -166,6 +182,28 @@ class WorldSum(nn.Cell):
 
 
 # ---- slices of a layer, over the ranks of tensor parallelism ----
+
+class SumOfCopies(nn.Cell):
+    """Sum the gradient of what several slices hold alike, each with the part that its own heads made of it.
+
+    A slice cut along axis 0 -> the same shape, where the rows that `copies_of` counts as copies are sums over them.
+    """
+
+    def __init__(self, topology: Topology, cut: Slicing):
+        super().__init__()
+        self.alone, copies = copies_of(cut, topology.tensor_parallel)
+        self.place, self.places = topology.tensor_rank // copies, topology.tensor_parallel // copies
+        self.collective = ops.AllReduce(group=topology.tensor_group)
+
+    def construct(self, gradient: Tensor) -> Tensor:
+        shared = gradient[self.alone:]
+        rows = shared.shape[0]
+        parts = ()
+        for place in range(self.places):  # zeros but for our place, so that only copies add up
+            parts += (shared if place == self.place else ops.zeros_like(shared),)
+        summed = self.collective(ops.concat(parts))[self.place * rows:(self.place + 1) * rows]
+        return ops.concat((gradient[:self.alone], summed))
+
 
 class CopyToSlices(nn.Cell):
     """Before a column-parallel matrix: the same input for every slice; their gradients add up."""

@@ -19,9 +19,21 @@ from glm3kit.checkpoint import STRATEGY, load_checkpoint, save_checkpoint, usabl
 from glm3kit.config import RunConfig, TrainConfig
 from glm3kit.data import Batches, prepare_data
 from glm3kit.errors import CheckpointError, DataError, JobError
+from glm3kit.layout import copies_of
+from glm3kit.lora import add_adapters
 from glm3kit.metrics import MetricsWriter, format_step_line
 from glm3kit.model import IGNORE_INDEX, ChatGLM3, slicing
-from glm3kit.parallel import ALONE, AllGather, ReduceScatter, Topology, WorldSum, barrier, shard_of, start_processes
+from glm3kit.parallel import (
+    ALONE,
+    AllGather,
+    ReduceScatter,
+    SumOfCopies,
+    Topology,
+    WorldSum,
+    barrier,
+    shard_of,
+    start_processes,
+)
 from glm3kit.strategy import write_strategy
 from glm3kit.weights import fill_parameters, load_weights, random_weights
 
@@ -82,12 +94,15 @@ class Gradients(nn.Cell):
         self.parameters = ParameterTuple(net.trainable_params())
         self.backward = ops.GradOperation(get_by_list=True, sens_param=True)
         self.reduce = ReduceScatter(topology)
+        self.copies = nn.CellList([SumOfCopies(topology, cut) if cut and copies_of(cut, topology.tensor_parallel)[1] > 1
+                                   else nn.Identity() for cut in (slicing(p.name, net.cfg) for p in self.parameters)])
 
     def construct(self, input_ids: Tensor, labels: Tensor, scale: Tensor) -> tuple:
         loss = self.loss(input_ids, labels)
+        gradients = self.backward(self.loss, self.parameters)(input_ids, labels, scale)
         shards = ()
-        for gradient in self.backward(self.loss, self.parameters)(input_ids, labels, scale):
-            shards += (self.reduce(gradient.astype(ms.float32)),)
+        for i in range(len(gradients)):
+            shards += (self.reduce(self.copies[i](gradients[i].astype(ms.float32))),)
         counted = (labels != IGNORE_INDEX).astype(ms.float32).sum()
         return shards, ops.stack((loss, counted))
 
@@ -95,19 +110,38 @@ class Gradients(nn.Cell):
 class Totals(nn.Cell):
     """What all ranks agree on: (gradient shards, [loss sum, count], scale) -> [mean loss, gradient norm, count].
 
-    What the ranks of tensor parallelism hold alike (loss, count, the norms' gradients) is counted once.
+    What several ranks hold alike is counted once: loss and count, the gradients of norms and of shared key/value
+    groups, all gradients where the optimizer is not sharded.
     """
 
     def __init__(self, net: ChatGLM3, topology: Topology):
         super().__init__(auto_prefix=False)
-        self.world_sum, self.copies = WorldSum(topology), topology.tensor_parallel
-        self.weights = tuple(1.0 if slicing(p.name, net.cfg) else 1 / self.copies for p in net.trainable_params())
+        self.world_sum, self.slices = WorldSum(topology), topology.tensor_parallel
+        self.data_copies = topology.data_parallel // topology.shards
+        self.half_square = ops.L2Loss()
+        # Of each shard: how many of its values no other slice holds, and how many slices hold the others.
+        self.alone, self.copies = [], []
+        for parameter in net.trainable_params():
+            rows, copies = copies_of(slicing(parameter.name, net.cfg), self.slices)
+            size = -(-parameter.size // topology.shards)
+            before = rows * (parameter.size // parameter.shape[0]) - topology.shard_rank * size
+            self.alone.append(min(max(before, 0), size))
+            self.copies.append(copies)
+
+    def square(self, shard: Tensor, alone: int, copies: int) -> Tensor:
+        """Half the sum of squares that this rank answers for."""
+        if copies == 1 or alone == shard.size:
+            return self.half_square(shard)
+        if alone == 0:
+            return self.half_square(shard) / copies
+        flat = shard.reshape(-1)
+        return self.half_square(flat[:alone]) + self.half_square(flat[alone:]) / copies
 
     def construct(self, shards: tuple, sums: Tensor, scale: Tensor) -> Tensor:
-        square = ops.zeros(1, ms.float32)
+        square = ops.zeros((), ms.float32)
         for i in range(len(shards)):
-            square += ops.square(shards[i]).sum() * self.weights[i]
-        totals = self.world_sum(ops.concat((sums / self.copies, square)))
+            square += 2 / self.data_copies * self.square(shards[i], self.alone[i], self.copies[i])
+        totals = self.world_sum(ops.concat((sums / self.slices, square.reshape(1))))
         count = ops.maximum(totals[1], 1.0)
         return ops.stack((totals[0] / count, ops.sqrt(totals[2]) / (count * scale), count))
 
@@ -115,17 +149,17 @@ class Totals(nn.Cell):
 class AdamW(nn.Cell):
     """One update of this rank's shards, and of the whole parameters from the shards of all ranks.
 
-    State, in float32: `master` (a parameter's shard; the parameter itself where one rank holds it whole in float32) and
+    State, in float32: `master` (a parameter's shard; the parameter itself where a rank holds it whole in float32) and
     the moments `exp_avg` and `exp_avg_sq`.
     """
 
     def __init__(self, net: ChatGLM3, config: TrainConfig, topology: Topology):
         super().__init__(auto_prefix=False)
         self.parameters = ParameterTuple(net.trainable_params())
-        self.whole = topology.data_parallel == 1 and net.cfg.param_dtype == "float32"
+        self.whole = topology.shards == 1 and all(p.dtype == ms.float32 for p in self.parameters)
         masters, averages, squares = [], [], []
         for parameter in self.parameters:
-            values = shard_of(parameter.float().asnumpy(), topology.data_rank, topology.data_parallel)
+            values = shard_of(parameter.float().asnumpy(), topology.shard_rank, topology.shards)
             masters.append(parameter if self.whole else Parameter(Tensor(values), f"master.{parameter.name}"))
             averages.append(Parameter(Tensor(np.zeros_like(values)), f"exp_avg.{parameter.name}"))
             squares.append(Parameter(Tensor(np.zeros_like(values)), f"exp_avg_sq.{parameter.name}"))
@@ -225,6 +259,8 @@ class Trainer:
     """A model with its optimizer state, advanced a step at a time."""
 
     def __init__(self, net: ChatGLM3, config: TrainConfig, total_steps: int, topology: Topology = ALONE):
+        if config.lora:
+            add_adapters(net, config.lora, config.seed)
         self.net = net.set_train()
         self.config, self.total_steps, self.step = config, total_steps, 0
         self.scale = LossScale(config.loss_scale)
@@ -344,7 +380,7 @@ def run_rank(config: RunConfig, resume: bool = False) -> list[dict]:
 
     net = ChatGLM3(config.model, topology)
     if config.model.checkpoint_name_or_path:
-        load_weights(net, config.model.checkpoint_name_or_path)
+        load_weights(net, config.model.checkpoint_name_or_path, config.model.adapters_path)
     else:
         print(f"model.checkpoint_name_or_path is not set: starting from random weights, seed {train.seed}")
         fill_parameters(net, random_weights(config.model, train.seed))

@@ -251,7 +251,7 @@ def merge(args: argparse.Namespace) -> int:
     """Merge the shards of a checkpoint into one file of weights."""
     from glm3kit.merge import merge
 
-    path = merge(args.source, args.destination, args.strategy, force=args.force)
+    path = merge(args.source, args.destination, args.strategy, base=args.base, adapters=args.adapters, force=args.force)
     print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
     return 0
 

@@ -207,9 +207,10 @@ def write_weights(path: str | Path, tensors: Tensors, *, max_shard_size: int | N
     return path
 
 
-def load_weights(net: "ChatGLM3", path: str | Path) -> None:
+def load_weights(net: "ChatGLM3", path: str | Path, adapters: str | Path | None = None) -> None:
     """Load weights of any form that `read_weights` reads into a model, cast to the types of its parameters.
 
+    adapters: LoRA adapters to fold in: a file, a checkpoint or a job.
     Under tensor parallelism each rank takes its slices.
     Raises CheckpointError, before anything is loaded, with every parameter that is missing or of another shape and
     every surplus tensor.
@@ -218,18 +219,22 @@ def load_weights(net: "ChatGLM3", path: str | Path) -> None:
     weights = read_weights(path)
     if faults := shape_faults(weights.specs, parameter_shapes(net.cfg), "the model"):
         raise CheckpointError(f"{path}: " + "\n".join(faults))
+    if adapters:
+        from glm3kit.lora import fold_adapters, read_adapters
+
+        weights = fold_adapters(read_adapters(adapters), weights, str(adapters), net.cfg.param_dtype)
     fill_parameters(net, weights)
 
 
 def fill_parameters(net: "ChatGLM3", weights: Mapping[str, np.ndarray]) -> None:
-    """Set every parameter of a model to its (slice of a) whole tensor."""
+    """Set every parameter of a model but adapters to its (slice of a) whole tensor."""
     import mindspore as ms  # here, so that reading and converting weights need no MindSpore
 
     from glm3kit.model import slicing
 
-    topology = net.topology
-    for name, parameter in net.parameters_dict().items():
-        values, cut = weights[name], slicing(name, net.cfg)
+    topology, parameters = net.topology, net.parameters_dict()
+    for name in parameter_shapes(net.cfg):
+        values, parameter, cut = weights[name], parameters[name], slicing(name, net.cfg)
         if cut and topology.tensor_parallel > 1:
             values = cut.part(values, topology.tensor_rank, topology.tensor_parallel)
         if parameter.dtype == ms.bfloat16:  # through float32, which holds every bfloat16

@@ -1,6 +1,6 @@
-"""One rank of a run on the reference model: trains on its rows of the 20 reference batches and saves what came out.
+"""One rank of a run on the reference model: trains on its rows of the reference batches and saves what came out.
 
-Started by the tests: python fit_golden.py GOLDEN OUTPUT DATA_PARALLEL TENSOR_PARALLEL
+Started by the tests: python fit_golden.py GOLDEN OUTPUT full|lora; the layout is that of OUTPUT/config.yaml.
 """
 
 import json
@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from glm3kit.checkpoint import save_checkpoint
-from glm3kit.config import ModelConfig, ParallelConfig, TrainConfig
+from glm3kit.config import LoraConfig, TrainConfig, load_config
 from glm3kit.launch import rank_process
+from glm3kit.lora import add_adapters
 from glm3kit.model import ChatGLM3
 from glm3kit.parallel import start_processes
 from glm3kit.train import Trainer, run_steps
@@ -30,23 +31,38 @@ def reference_batches(golden: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     return list(zip(input_ids, next_token_labels(input_ids), strict=True))
 
 
-def main(golden: Path, output: Path, data_parallel: int, tensor_parallel: int) -> None:
-    topology = start_processes(ParallelConfig(data_parallel=data_parallel, tensor_parallel=tensor_parallel,
-                                              device_target="CPU"))
-    cfg = ModelConfig.from_hf(golden / "tiny/hf/config.json", param_dtype="float32", compute_dtype="float32")
-    net = ChatGLM3(cfg, topology)
+def lora_start(golden: Path, net: ChatGLM3) -> tuple[list[tuple[np.ndarray, np.ndarray]], TrainConfig]:
+    """The batches and settings of lora.npz; the model gets its adapters."""
+    stored = np.load(golden / "tiny/lora.npz")
+    lora = LoraConfig(rank=int(stored["rank"]), alpha=float(stored["alpha"]))
+    add_adapters(net, lora)
+    for layer in range(net.cfg.num_layers):
+        name = f"transformer.encoder.layers.{layer}.self_attention.query_key_value.lora_a"
+        net.parameters_dict()[name].asnumpy()[:] = stored[f"lora_a.{layer}"]  # whole on every rank
+    rate = float(stored["lr"])
+    config = TrainConfig(learning_rate=rate, end_learning_rate=rate, weight_decay=0.0, max_grad_norm=None, lora=lora)
+    return [(ids, next_token_labels(ids)) for ids in stored["input_ids"]], config
+
+
+def main(golden: Path, job_dir: Path, what: str) -> None:
+    config = load_config(job_dir / "config.yaml")
+    topology = start_processes(config.parallel)
+    net = ChatGLM3(config.model, topology)
     load_weights(net, golden / "tiny/hf")
-    batches = reference_batches(golden)
-    rows = len(batches[0][0]) // data_parallel
+    if what == "lora":
+        batches, train = lora_start(golden, net)
+    else:
+        batches, train = reference_batches(golden), TrainConfig(learning_rate=1e-3, end_learning_rate=1e-5)
+    rows = len(batches[0][0]) // topology.data_parallel
     ours = slice(topology.data_rank * rows, (topology.data_rank + 1) * rows)
-    trainer = Trainer(net, TrainConfig(learning_rate=1e-3, end_learning_rate=1e-5), len(batches), topology)
+    trainer = Trainer(net, train, len(batches), topology)
     records = run_steps(trainer, [(ids[ours], labels[ours]) for ids, labels in batches])
     if topology.rank == 0:
-        (output / "records.json").write_text(json.dumps(records))
-    save_checkpoint(output, net, trainer, topology, keep=1)
+        (job_dir / "records.json").write_text(json.dumps(records))
+    save_checkpoint(job_dir, net, trainer, topology, keep=1)
 
 
 if __name__ == "__main__":
-    golden_folder, job_dir, *layout = sys.argv[1:]
-    with rank_process(job_dir):
-        main(Path(golden_folder), Path(job_dir), *map(int, layout))
+    golden_folder, job_folder, what_to_train = sys.argv[1:]
+    with rank_process(job_folder):
+        main(Path(golden_folder), Path(job_folder), what_to_train)

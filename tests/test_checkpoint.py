@@ -86,6 +86,7 @@ class Stored:
 
     def __init__(self, name, values):
         self.name, self.values, self.shape, self.ndim = name, values, values.shape, values.ndim
+        self.dtype = "Float32"
 
     def float(self):
         return self
@@ -98,8 +99,8 @@ def scripted_run(step):
     """A model and a trainer at a step whose every value is that step, without MindSpore: they can be forked."""
     weights = [Stored(name, np.full(spec.shape, step, np.float32)) for name, spec in WEIGHTS.specs.items()]
     state = [Stored(f"exp_avg.{parameter.name}", parameter.values) for parameter in weights]
-    net = types.SimpleNamespace(cfg=TINY, trainable_params=lambda: weights)
-    return net, types.SimpleNamespace(step=step, state=lambda: {"step": step},
+    net = types.SimpleNamespace(cfg=TINY, get_parameters=lambda: weights, trainable_params=lambda: weights)
+    return net, types.SimpleNamespace(step=step, state=lambda: {"step": step}, config=TrainConfig(),
                                       optimizer=types.SimpleNamespace(state=lambda: state))
 
 

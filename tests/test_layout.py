@@ -7,7 +7,7 @@ from glm3kit import model
 from glm3kit.checkpoint import weight_layouts
 from glm3kit.config import ModelConfig
 from glm3kit.errors import CheckpointError
-from glm3kit.layout import Layout, Slicing, whole_tensors
+from glm3kit.layout import Layout, Slicing, copies_of, whole_tensors
 from glm3kit.model import ChatGLM3
 from glm3kit.parallel import Topology
 from glm3kit.tensors import Tensors
@@ -34,6 +34,7 @@ def test_with_more_ranks_than_groups_each_group_is_held_several_times():
     assert [cut.ranges(rank, 4) for rank in range(4)] == [
         [(0, 2), (8, 10), (12, 14)], [(2, 4), (8, 10), (12, 14)],
         [(4, 6), (10, 12), (14, 16)], [(6, 8), (10, 12), (14, 16)]]
+    assert copies_of(cut, 4) == (2, 2) and copies_of(cut, 2) == (8, 1)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
+from glm3kit.attention import rotary_tables, rotation_matrix
 from glm3kit.config import ModelConfig
-from glm3kit.generate import Decoder
-from glm3kit.model import AutoModel, ChatGLM3, RMSNorm, rotary_tables, rotation_matrix
+from glm3kit.decoder import Decoder
+from glm3kit.layers import RMSNorm
+from glm3kit.model import AutoModel, ChatGLM3
 from glm3kit.weights import hf_name, load_weights, parameter_shapes
 
 FLOAT32 = {"param_dtype": "float32", "compute_dtype": "float32"}

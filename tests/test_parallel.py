@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from generate_rank import answers
 
-from glm3kit.config import ParallelConfig, RunConfig
+from glm3kit.config import ModelConfig, ParallelConfig, RunConfig
 from glm3kit.errors import ConfigError
 from glm3kit.launch import plan_launch, start_job
 from glm3kit.merge import merge, merged_tensors
 from glm3kit.parallel import shard_of, start_processes
 from glm3kit.rank_table import local_rank_table
+from glm3kit.safetensors_file import read_safetensors
 from glm3kit.weights import read_weights
 
 
@@ -31,15 +32,20 @@ def test_a_number_of_processes_that_was_not_asked_for_is_an_error(monkeypatch):
 
 
 def test_a_layout_that_does_not_divide_is_an_error_that_says_what_would_do():
-    with pytest.raises(ValueError, match="does not divide multi_query_group_num 2; these would do: 1, 2"):
-        RunConfig(parallel=ParallelConfig(tensor_parallel=4))
+    assert RunConfig(parallel=ParallelConfig(tensor_parallel=8)).parallel.ranks == 8, "four ranks a group"
+    with pytest.raises(ValueError, match="3, which does not divide num_attention_heads 32, multi_query_group_num 2, "
+                                         "ffn_hidden_size 13696, padded_vocab_size 65024; these would do: 1, 2, 4, 8"):
+        RunConfig(parallel=ParallelConfig(tensor_parallel=3))
+    odd = ModelConfig(padded_vocab_size=65026)
+    with pytest.raises(ValueError, match="4, which does not divide padded_vocab_size 65026; these would do: 1, 2 "):
+        RunConfig(model=odd, parallel=ParallelConfig(tensor_parallel=4))
 
 
-def train_golden(golden, folder, parallel):
-    """The reference's 20 steps as a job of `parallel.ranks` processes."""
-    config = RunConfig(name="job", output_dir=str(folder), parallel=parallel)
-    command = [str(Path(__file__).with_name("fit_golden.py")), str(golden.resolve()), str(config.job_dir),
-               str(parallel.data_parallel), str(parallel.tensor_parallel)]
+def train_golden(golden, folder, parallel, what="full"):
+    """The reference's steps as a job of `parallel.ranks` processes."""
+    model = ModelConfig.from_hf(golden / "tiny/hf/config.json", param_dtype="float32", compute_dtype="float32")
+    config = RunConfig(name="job", output_dir=str(folder), model=model, parallel=parallel)
+    command = [str(Path(__file__).with_name("fit_golden.py")), str(golden.resolve()), str(config.job_dir), what]
     return start_job(plan_launch(config, local_rank_table(parallel.ranks)), command=command).wait(timeout_s=240)
 
 
@@ -50,11 +56,17 @@ def one(golden, tmp_path_factory):
     return merged_tensors(job.folder)
 
 
+# tensor_parallel 4: two ranks a key/value group.
+LAYOUTS = [(2, 1, True), (2, 1, False), (1, 2, True), (1, 4, True), (2, 2, True), (2, 2, False)]
+
+
 @pytest.mark.ranks
-@pytest.mark.parametrize("data_parallel, tensor_parallel", [(2, 1), (1, 2), (2, 2)])
-def test_processes_train_as_one_and_merge_to_its_weights(data_parallel, tensor_parallel, golden, one, tmp_path):
+@pytest.mark.parametrize("layout", LAYOUTS, ids="{0[0]}x{0[1]}-{0[2]}".format)
+def test_processes_train_as_one_and_merge_to_its_weights(layout, golden, one, tmp_path):
+    data_parallel, tensor_parallel, sharded = layout
     reference = np.load(golden / "tiny/reference.npz")
-    parallel = ParallelConfig(data_parallel=data_parallel, tensor_parallel=tensor_parallel, device_target="CPU")
+    parallel = ParallelConfig(data_parallel=data_parallel, tensor_parallel=tensor_parallel, shard_optimizer=sharded,
+                              device_target="CPU")
     job = train_golden(golden, tmp_path, parallel)
     records = json.loads((job.folder / "records.json").read_text())
     np.testing.assert_allclose([r["loss"] for r in records], reference["train.loss"], rtol=1e-4)
@@ -62,13 +74,31 @@ def test_processes_train_as_one_and_merge_to_its_weights(data_parallel, tensor_p
 
     shards = sorted(path.name for path in (job.folder / "checkpoint/step_20/model").glob("rank_*"))
     assert shards == [f"rank_{rank}.safetensors" for rank in range(tensor_parallel)]
-    assert len(list((job.folder / "checkpoint/step_20/optimizer").glob("rank_*"))) == parallel.ranks
+    state = [read_safetensors(path)
+             for path in (job.folder / "checkpoint/step_20/optimizer").glob("rank_*.safetensors")]
+    assert len(state) == parallel.ranks
+    table = "exp_avg.transformer.embedding.embedding_table"
+    assert {file.specs[table].nbytes for file in state} == {
+        one[table.removeprefix("exp_avg.")].nbytes // (parallel.ranks if sharded else tensor_parallel)}
     merged = read_weights(merge(job.folder, tmp_path / "merged.safetensors", progress=False))
     assert merged.specs == one.specs
     for name in one:
         difference = np.abs(merged[name] - one[name]).max()
         if not name.endswith("query_key_value.bias"):  # some of it is noise: see test_train.py
             assert difference <= 1e-4 * np.abs(one[name]).max(), (name, difference)
+
+
+@pytest.mark.ranks
+def test_adapters_train_on_four_processes_as_in_the_reference(golden, tmp_path):
+    reference = np.load(golden / "tiny/lora.npz")
+    parallel = ParallelConfig(data_parallel=2, tensor_parallel=2, device_target="CPU")
+    job = train_golden(golden, tmp_path, parallel, "lora")
+    records = json.loads((job.folder / "records.json").read_text())
+    np.testing.assert_allclose([r["loss"] for r in records], reference["loss"], rtol=1e-4)
+    merged = read_weights(merge(job.folder, tmp_path / "merged.safetensors", progress=False))
+    for layer in range(3):
+        weight = merged[f"transformer.encoder.layers.{layer}.self_attention.query_key_value.weight"]
+        np.testing.assert_allclose(weight, reference[f"merged_qkv.{layer}"], atol=2e-5)
 
 
 @pytest.mark.ranks

@@ -1,0 +1,82 @@
+"""Rotary attention with grouped keys and values.
+
+In the shapes: B batch, T tokens, S slots of the kv cache, C hidden size, H heads, G key/value groups, d head size.
+"""
+
+from math import sqrt
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from glm3kit.config import ModelConfig
+from glm3kit.layers import Linear
+from glm3kit.parallel import Topology
+
+MASKED = -65504.0  # added to a score that must not count: the lowest float16
+
+
+def rotary_tables(length: int, kv_channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of positions 0 to length - 1: two float32 arrays (length, d).
+
+    Only the first half of a head is rotated, in interleaved pairs, base 10000; the second half has cos 1 and sin 0.
+    """
+    half = kv_channels // 2
+    frequencies = 1.0 / 10000 ** (np.arange(0, half, 2, dtype=np.float32) / half)  # (d/4,)
+    angles = np.outer(np.arange(length, dtype=np.float32), frequencies).astype(np.float32)
+    angles = np.repeat(angles, 2, axis=1)  # (length, d/2): a pair shares its angle
+    angles = np.concatenate([angles, np.zeros((length, kv_channels - half), np.float32)], axis=1)
+    return np.cos(angles), np.sin(angles)
+
+
+def rotation_matrix(kv_channels: int) -> np.ndarray:
+    """R (d, d) with x @ R = (-x1, x0, -x3, x2, ..., 0, 0), so that a rotation is x * cos + (x @ R) * sin."""
+    matrix = np.zeros((kv_channels, kv_channels), np.float32)
+    even = np.arange(0, kv_channels // 2, 2)
+    matrix[even + 1, even] = -1
+    matrix[even, even + 1] = 1
+    return matrix
+
+
+class SelfAttention(nn.Cell):
+    """Causal attention: H query heads share G key/value groups; query head h uses group h // (H/G).
+
+    Under tensor parallelism H and G are this rank's. With a cache, keys and values are written to its slots, and
+    attention looks at all S slots that the mask allows.
+    """
+
+    def __init__(self, cfg: ModelConfig, topology: Topology, depth_scale: float):
+        super().__init__()
+        self.heads = cfg.num_attention_heads // topology.tensor_parallel
+        self.groups = max(cfg.multi_query_group_num // topology.tensor_parallel, 1)
+        self.size = cfg.kv_channels
+        self.query_key_value = Linear(cfg.hidden_size, (self.heads + 2 * self.groups) * self.size, cfg, topology, 0,
+                                      bias=True)
+        self.dense = Linear(self.heads * self.size, cfg.hidden_size, cfg, topology, 1, scale=depth_scale)
+        self.rotation = Tensor(rotation_matrix(self.size), getattr(ms, cfg.compute_dtype))
+        self.scale = 1 / sqrt(self.size)
+        self.scores = ops.BatchMatMul(transpose_b=True)
+        self.values = ops.BatchMatMul()
+        self.softmax = ops.Softmax()
+        self.write = ops.ScatterUpdate()
+
+    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: tuple | None = None,
+                  slots: Tensor | None = None) -> Tensor:
+        B, T, C = x.shape
+        H, G, d = self.heads, self.groups, self.size
+        qkv = self.query_key_value(x.reshape(B * T, C)).reshape(B, T, H + 2 * G, d)
+        qk, v = ops.split(qkv, [H + G, G], 2)
+        turned = ops.matmul(qk.reshape(-1, d), self.rotation).reshape(B, T, H + G, d)
+        qk = qk * cos + turned * sin  # cos and sin: (B or 1, T, 1, d)
+        q, k = ops.split(qk, [H, G], 2)
+        q = q.reshape(B, T, G, H // G, d).transpose(0, 2, 3, 1, 4).reshape(B, G, H // G * T, d)
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # (B, G, T, d)
+        if cache is not None:
+            k = self.write(cache[0], slots, k.reshape(-1, d)).reshape(B, G, -1, d)  # (B, G, S, d)
+            v = self.write(cache[1], slots, v.reshape(-1, d)).reshape(B, G, -1, d)
+        scores = self.scores(q * self.scale, k).astype(ms.float32)  # softmax in float32, as the reference
+        scores = scores.reshape(B, G, H // G, T, -1) + mask  # mask: (B or 1, 1, 1, T, S)
+        probs = self.softmax(scores).astype(x.dtype).reshape(B, G, H // G * T, -1)
+        y = self.values(probs, v)  # (B, G, H/G * T, d)
+        y = y.reshape(B, G, H // G, T, d).transpose(0, 3, 1, 2, 4).reshape(B * T, H * d)
+        return self.dense(y).reshape(B, T, C)
