@@ -7,7 +7,8 @@ from fit_golden import reference_batches
 from glm3kit.config import ModelConfig, TrainConfig
 from glm3kit.errors import DataError, JobError
 from glm3kit.model import ChatGLM3
-from glm3kit.train import LossScale, Trainer, bias_corrected, decays, fit, learning_rate
+from glm3kit.optimizer import LossScale, bias_corrected, decays, learning_rate
+from glm3kit.train import Trainer, fit
 from glm3kit.weights import load_weights, parameter_shapes
 
 

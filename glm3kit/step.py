@@ -1,0 +1,141 @@
+"""A training step as compiled graphs: gradients of a micro-batch in shards, what all ranks agree on, the update.
+
+    Step(Gradients(net, topology), Totals(net, topology), AdamW(net, config, topology), max_norm=1.0)
+"""
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+
+from glm3kit.layout import copies_of
+from glm3kit.model import IGNORE_INDEX, ChatGLM3, slicing
+from glm3kit.optimizer import AdamW, clip_factor
+from glm3kit.parallel import ReduceScatter, SumOfCopies, Topology, WorldSum
+
+
+class SummedLoss(nn.Cell):
+    """input_ids, labels (B, T) -> summed loss; a cell of its own, since gradients are taken of cells."""
+
+    def __init__(self, net: ChatGLM3):
+        super().__init__(auto_prefix=False)
+        self.net = net
+
+    def construct(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        return self.net.loss_sum(input_ids, labels)
+
+
+class Gradients(nn.Cell):
+    """Forward and backward of one micro-batch, gradients in float32, cut into shards as soon as they are summed.
+
+    (input_ids, labels (B, T), scale) -> (this rank's gradient shards, [loss sum, labels that count])
+    """
+
+    def __init__(self, net: ChatGLM3, topology: Topology):
+        super().__init__(auto_prefix=False)
+        self.loss = SummedLoss(net)
+        self.parameters = ParameterTuple(net.trainable_params())
+        self.backward = ops.GradOperation(get_by_list=True, sens_param=True)
+        self.reduce = ReduceScatter(topology)
+        self.copies = nn.CellList([SumOfCopies(topology, cut) if cut and copies_of(cut, topology.tensor_parallel)[1] > 1
+                                   else nn.Identity() for cut in (slicing(p.name, net.cfg) for p in self.parameters)])
+
+    def construct(self, input_ids: Tensor, labels: Tensor, scale: Tensor) -> tuple:
+        loss = self.loss(input_ids, labels)
+        gradients = self.backward(self.loss, self.parameters)(input_ids, labels, scale)
+        shards = ()
+        for i in range(len(gradients)):
+            shards += (self.reduce(self.copies[i](gradients[i].astype(ms.float32))),)
+        counted = (labels != IGNORE_INDEX).astype(ms.float32).sum()
+        return shards, ops.stack((loss, counted))
+
+
+class Totals(nn.Cell):
+    """What all ranks agree on: (gradient shards, [loss sum, count], scale) -> [mean loss, gradient norm, count].
+
+    What several ranks hold alike is counted once: loss and count, the gradients of norms and of shared key/value
+    groups, all gradients where the optimizer is not sharded.
+    """
+
+    def __init__(self, net: ChatGLM3, topology: Topology):
+        super().__init__(auto_prefix=False)
+        self.world_sum, self.slices = WorldSum(topology), topology.tensor_parallel
+        self.data_copies = topology.data_parallel // topology.shards
+        self.half_square = ops.L2Loss()
+        # Of each shard: how many of its values no other slice holds, and how many slices hold the others.
+        self.alone, self.copies = [], []
+        for parameter in net.trainable_params():
+            rows, copies = copies_of(slicing(parameter.name, net.cfg), self.slices)
+            size = -(-parameter.size // topology.shards)
+            before = rows * (parameter.size // parameter.shape[0]) - topology.shard_rank * size
+            self.alone.append(min(max(before, 0), size))
+            self.copies.append(copies)
+
+    def square(self, shard: Tensor, alone: int, copies: int) -> Tensor:
+        """Half the sum of squares that this rank answers for."""
+        if copies == 1 or alone == shard.size:
+            return self.half_square(shard)
+        if alone == 0:
+            return self.half_square(shard) / copies
+        flat = shard.reshape(-1)
+        return self.half_square(flat[:alone]) + self.half_square(flat[alone:]) / copies
+
+    def construct(self, shards: tuple, sums: Tensor, scale: Tensor) -> Tensor:
+        square = ops.zeros((), ms.float32)
+        for i in range(len(shards)):
+            square += 2 / self.data_copies * self.square(shards[i], self.alone[i], self.copies[i])
+        totals = self.world_sum(ops.concat((sums / self.slices, square.reshape(1))))
+        count = ops.maximum(totals[1], 1.0)
+        return ops.stack((totals[0] / count, ops.sqrt(totals[2]) / (count * scale), count))
+
+
+class Step(nn.Cell):
+    """A whole step of one micro-batch as one graph: gradients, totals, update -> [mean loss, gradient norm, count]."""
+
+    def __init__(self, gradients: Gradients, totals: Totals, optimizer: AdamW, max_norm: float | None):
+        super().__init__(auto_prefix=False)
+        self.gradients, self.totals, self.optimizer, self.max_norm = gradients, totals, optimizer, max_norm
+
+    @ms.jit
+    def construct(self, input_ids: Tensor, labels: Tensor, scale: Tensor, rate: Tensor, eps: Tensor,
+                  decay: Tensor) -> Tensor:
+        shards, sums = self.gradients(input_ids, labels, scale)
+        totals = self.totals(shards, sums, scale)
+        factor = clip_factor(totals[1], totals[2], scale, self.max_norm)
+        return ops.depend(totals, self.optimizer(shards, factor, rate, eps, decay))
+
+
+class Accumulate(nn.Cell):
+    """Add a micro-batch to the accumulated shards and sums -> totals so far, as `Totals` gives them."""
+
+    def __init__(self, gradients: Gradients, totals: Totals, optimizer: AdamW):
+        super().__init__(auto_prefix=False)
+        self.gradients, self.totals = gradients, totals
+        self.accumulated = ParameterTuple([Parameter(Tensor(np.zeros(m.shape, np.float32)), f"accumulated.{m.name}")
+                                           for m in optimizer.masters])
+        self.sums = Parameter(Tensor(np.zeros(2, np.float32)), "accumulated.sums")
+        self.assign = ops.Assign()
+
+    @ms.jit
+    def construct(self, input_ids: Tensor, labels: Tensor, scale: Tensor, keep: Tensor) -> Tensor:
+        """keep: 0 for the first micro-batch of a step, which replaces what the last step left; else 1."""
+        shards, sums = self.gradients(input_ids, labels, scale)
+        added = ()
+        for i in range(len(shards)):
+            # A product with 0 would keep an overflow of the step before.
+            before = ops.select(keep > 0, self.accumulated[i], ops.zeros_like(shards[i]))
+            added += (self.assign(self.accumulated[i], before + shards[i]),)
+        sums = self.assign(self.sums, ops.select(keep > 0, self.sums, ops.zeros_like(sums)) + sums)
+        return self.totals(added, sums, scale)
+
+
+class Update(nn.Cell):
+    """Update from the accumulated shards."""
+
+    def __init__(self, accumulate: Accumulate, optimizer: AdamW, max_norm: float | None):
+        super().__init__(auto_prefix=False)
+        self.accumulated, self.optimizer, self.max_norm = accumulate.accumulated, optimizer, max_norm
+
+    @ms.jit
+    def construct(self, totals: Tensor, scale: Tensor, rate: Tensor, eps: Tensor, decay: Tensor) -> Tensor:
+        factor = clip_factor(totals[1], totals[2], scale, self.max_norm)
+        return self.optimizer(self.accumulated, factor, rate, eps, decay)
