@@ -132,9 +132,12 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("-o", dest="output", metavar="FILE", type=_picture, required=True, help="a .png, .svg or .pdf")
 
     verb = _add(commands, "merge", verbs.merge, "merge output/tiny merged.safetensors")
-    verb.add_argument("source", metavar="JOB_OR_SHARDS", help="the folder of a job, or of one of its checkpoints")
-    verb.add_argument("destination", metavar="DST", help="the merged weights, named .safetensors or .ckpt")
-    verb.add_argument("--strategy", metavar="PATH", help="how the shards are sliced, where it is not beside them")
+    verb.add_argument("source", metavar="JOB_OR_SHARDS",
+                      help="the folder of a job, of a checkpoint, or with a file or a folder a rank (rank_0, ...)")
+    verb.add_argument("destination", metavar="DST", help="the merged weights: a file named .safetensors or .ckpt")
+    verb.add_argument("--strategy", metavar="PATH",
+                      help="how the shards are cut: a strategy file or a folder of them, where it is not beside them")
+    verb.add_argument("--max-shard-size", metavar="SIZE", type=_size, help="a folder of files up to it, such as 2GB")
     verb.add_argument("--base", metavar="WEIGHTS",
                       help="what LoRA adapters are folded into; default: what the job began with")
     verb.add_argument("--adapters", action="store_true", help="write the LoRA adapters alone")

@@ -7,19 +7,24 @@ strategy files (mindspore/parallel/_tensor.py); see strategy.py for those.
     Layout(devices=(2, 2), axes=((0,), ()), shards=2).holders()    # four ranks hold four pieces of a matrix
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product, zip_longest
 from math import prod
+from typing import TypeVar
 
 import numpy as np
 
 from glm3kit.errors import CheckpointError
-from glm3kit.tensors import Tensors, TensorSpec
+from glm3kit.tensors import PIECE, Tensors, TensorSpec, cut, release
 
 Region = tuple[slice, ...]
 Piece = tuple[tuple[int, ...], int]  # the number of a slice along each axis of its parameter, the number of a shard
 MAX_RANKS = 1 << 16
+AHEAD = 8  # pieces of a tensor that are read before they are asked for
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -163,33 +168,61 @@ class Layout:
 
     def _places(self, indices: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[tuple[Region, Region]]:
         """Where a slice of that shape goes, a segment at a time: (region of the slice, region of the whole)."""
+        source = tuple(slice(0, length) for length in shape)
         target = tuple(slice(index * length, (index + 1) * length)
-                       for index, length in zip(indices, shape, strict=False))
+                       for index, length in zip_longest(indices, shape, fillvalue=0))
         axis = self._cut_axis() if self.segments else None
         if axis is None:
-            yield (), target
+            yield source, target
             return
-        position, before = 0, (slice(None),) * axis
+        position = 0
         for first, end in self._ranges(axis, indices[axis]):
-            yield (*before, slice(position, position + end - first)), (*target[:axis], slice(first, end))
+            yield ((*source[:axis], slice(position, position + end - first), *source[axis + 1:]),
+                   (*target[:axis], slice(first, end), *target[axis + 1:]))
             position += end - first
 
-    def whole(self, shape: tuple[int, ...], read: Callable[[Piece], np.ndarray]) -> np.ndarray:
-        """The parameter of that shape from its pieces, each read when it is needed; the piece itself if it is all."""
-        result = None
+    def _blocks(self, read: Callable[[Piece], np.ndarray]) -> Iterator[tuple[int, Region, np.ndarray]]:
+        """Blocks of values that lie together in the parameter: (first row, region along the other axes, values)."""
         for indices in product(*map(range, self.counts())):
             pieces = [read((indices, shard)) for shard in range(self.shards)]
-            values = pieces[0] if self.shards == 1 else np.concatenate(pieces)
             if self.flattened:
-                values = values[:prod(self.flattened)].reshape(self.flattened)
-            if self._cut_axis() is None:
-                return values
+                pieces = [np.concatenate(pieces)[:prod(self.flattened)].reshape(self.flattened)]
+            shape = (sum(map(len, pieces)), *pieces[0].shape[1:])
+            for (rows, *source), (target, *across) in self._places(indices, shape):
+                position = 0
+                for values in pieces:
+                    start, stop = max(rows.start, position), min(rows.stop, position + len(values))
+                    if start < stop:
+                        block = values[(slice(start - position, stop - position), *source)]
+                        yield target.start + start - rows.start, tuple(across), block
+                    position += len(values)
+
+    def rows(self, shape: tuple[int, ...], read: Callable[[Piece], np.ndarray], first: int, end: int) -> np.ndarray:
+        """Rows `first` to `end` of the parameter of that shape, from its pieces."""
+        result = None
+        for row, across, values in self._blocks(read):
             if result is None:
-                result = np.empty(shape, values.dtype)
-            for source, target in self._places(indices, values.shape):
-                result[target] = values[source]
+                result = np.empty((end - first, *shape[1:]), values.dtype)
+            start, stop = max(row, first), min(row + len(values), end)
+            if start < stop:
+                result[(slice(start - first, stop - first), *across)] = values[start - row:stop - row]
         assert result is not None, "every layout has a slice"
         return result
+
+    def whole(self, shape: tuple[int, ...], read: Callable[[Piece], np.ndarray]) -> np.ndarray:
+        """The parameter of that shape from its pieces; the piece itself where it is the only one."""
+        if self._cut_axis() is None and self.shards == 1:
+            return read(((0,) * len(self.axes), 0))
+        return self.rows(shape, read, 0, shape[0])
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, some of them made beside their use: reading goes on while a writer waits for its disk."""
+    with ThreadPoolExecutor(1, "ahead") as pool:
+        waiting = deque(pool.submit(next, items, None) for _ in range(AHEAD))
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(pool.submit(next, items, None))
+            yield item
 
 
 def whole_tensors(ranks: Mapping[int, Tensors], layouts: Mapping[str, Layout], source: str) -> Tensors:
@@ -228,7 +261,21 @@ def whole_tensors(ranks: Mapping[int, Tensors], layouts: Mapping[str, Layout], s
         raise CheckpointError(f"{source}: cannot be put together:\n  " + "\n  ".join(faults) +
                               "\ncopy the files of all ranks into one folder, with the strategy file of their run")
 
-    def read(name: str) -> np.ndarray:
-        return layouts[name].whole(specs[name].shape, lambda piece: ranks[places[name][piece]][name])
+    def reader(name: str) -> Callable[[Piece], np.ndarray]:
+        return lambda piece: ranks[places[name][piece]][name]
 
-    return Tensors(specs, read)
+    def read(name: str) -> np.ndarray:
+        return layouts[name].whole(specs[name].shape, reader(name))
+
+    def blocks(name: str) -> Iterator[np.ndarray]:
+        shape, held = specs[name].shape, [ranks[rank][name] for rank in places[name].values()]
+        if len(held) == 1:
+            yield from cut(held[0])
+        else:
+            step = max(1, PIECE * shape[0] // specs[name].nbytes)  # rows
+            for first in range(0, shape[0], step):
+                yield layouts[name].rows(shape, reader(name), first, min(first + step, shape[0])).reshape(-1)
+        for array in held:
+            release(array)
+
+    return Tensors(specs, read, pieces=lambda name: _ahead(blocks(name)))

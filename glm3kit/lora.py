@@ -17,7 +17,7 @@ import numpy as np
 from glm3kit.config import LoraConfig, LoraTarget
 from glm3kit.errors import CheckpointError, ConfigError
 from glm3kit.safetensors_file import read_safetensors, write_safetensors
-from glm3kit.tensors import Tensors, TensorSpec, cast
+from glm3kit.tensors import Tensors, TensorSpec, cast, cut
 
 if TYPE_CHECKING:
     from mindspore import Parameter
@@ -127,7 +127,8 @@ def fold_adapters(tensors: Tensors, base: Tensors | None = None, origin: str = "
             return weights[name]
         return cast(cast(weights[name], "float32") + _update(tensors, folded[name]), specs[name].dtype, name)
 
-    return Tensors(specs, read, weights.metadata)
+    return Tensors(specs, read, weights.metadata,
+                   lambda name: cut(read(name)) if name in folded else weights.pieces(name))
 
 
 def read_adapters(path: str | Path) -> Tensors:

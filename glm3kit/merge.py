@@ -111,10 +111,12 @@ def _base_weights(source: Path) -> Path:
 
 
 def merge(source: str | Path, destination: str | Path, strategy: str | Path | None = None, *,
-          base: str | Path | None = None, adapters: bool = False, force: bool = False, progress: bool = True) -> Path:
-    """Merge a sharded checkpoint into one .safetensors or .ckpt file with MindSpore's names, a tensor at a time.
+          base: str | Path | None = None, adapters: bool = False, max_shard_size: int | None = None,
+          force: bool = False, progress: bool = True) -> Path:
+    """Merge a sharded checkpoint into whole weights with MindSpore's names, some megabytes at a time.
 
-    source, strategy: as for `merged_tensors`. An existing destination is replaced only with `force`.
+    source, strategy: as for `merged_tensors`. destination: a file, its form named by .safetensors or .ckpt; with
+    `max_shard_size` (bytes) a folder of files up to that size. An existing one is replaced only with `force`.
     LoRA adapters are folded into the weights they stand beside, else into those of `base` (default: what the job
     started from). adapters: write the adapters alone.
     Example: merge("output/tiny", "output/tiny/merged.safetensors")
@@ -127,4 +129,4 @@ def merge(source: str | Path, destination: str | Path, strategy: str | Path | No
         tensors = fold_adapters(tensors, read_weights(base or _base_weights(source)), str(source))
     else:
         tensors = fold_adapters(tensors, origin=str(source))
-    return write_weights(destination, tensors, force=force, progress=progress)
+    return write_weights(destination, tensors, max_shard_size=max_shard_size, force=force, progress=progress)

@@ -19,6 +19,7 @@ from typing import Any
 from glm3kit.errors import CheckpointError
 from glm3kit.files import atomic_write
 from glm3kit.layout import Layout
+from glm3kit.protobuf import Damaged, fields, varint
 
 
 def write_strategy(path: str | Path, layouts: Mapping[str, Layout]) -> None:
@@ -54,15 +55,75 @@ def _layout(item: Mapping[str, Any], stage: int) -> Layout:
 
 
 def _read_json(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Stage and entries of a JSON file."""
     content = json.loads(path.read_text(encoding="utf-8"))
     operators = content.get("parallel_strategy_item") or {}
     return next((entry["stage"] for entry in operators.values()), 0), content["parallel_layout_item"]
 
 
+# node_strategy.proto: the fields of ParallelLayouts that matter here
+LAYOUT_FIELDS = {1: "dev_matrix", 2: "tensor_map", 6: "opt_weight_shard_step", 7: "opt_weight_shard_size"}
+
+
+def _signed(number: int) -> int:
+    """A number below zero, which protobuf writes as its 64-bit complement."""
+    return number - (1 << 64) if number >> 63 else number
+
+
+def _dims(data: bytes, start: int, end: int) -> list[int]:
+    """The numbers of a message of repeated numbers, one a field or packed into one."""
+    dims = []
+    for field, first, last in fields(data, start, end):
+        if field != 1:
+            raise Damaged(f"field {field} among numbers at byte {start}")
+        if not last:
+            dims.append(_signed(first))
+        while first < last:
+            number, first = varint(data, first, last)
+            dims.append(_signed(number))
+    return dims
+
+
+def _read_layout(data: bytes, start: int, end: int) -> dict[str, Any]:
+    """A ParallelLayouts as JSON would have it."""
+    item: dict[str, Any] = {}
+    for field, first, last in fields(data, start, end):
+        if not last:
+            item[LAYOUT_FIELDS.get(field, "")] = _signed(first)
+        elif field in (1, 2):
+            item.setdefault(LAYOUT_FIELDS[field], []).append(_dims(data, first, last))
+    item["dev_matrix"], maps = item["dev_matrix"][0], item.get("tensor_map", [[]])
+    # Several maps: an axis each, which may be cut by several axes of the ranks; one: a number an axis.
+    item["tensor_map"] = [dims for dims in maps if dims] if len(maps) > 1 else maps[0]
+    return item
+
+
+def _read_protobuf(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Stage and entries of a ParallelStrategyMap."""
+    data = path.read_bytes()
+    stages, items = [], {}
+    for field, start, end in fields(data, 0, len(data)):
+        if field not in (2, 3) or not end:
+            continue
+        name, message = None, None  # of an operator and its strategy, or a parameter and its layouts
+        for inner, first, last in fields(data, start, end):
+            if inner == 1:
+                name = data[first:last].decode("utf-8")
+            elif inner == 2:
+                message = first, last
+        if name is None or message is None:
+            raise Damaged(f"no name or no layout at byte {start}")
+        if field == 2:
+            stages += [value for inner, value, last in fields(data, *message) if inner == 1 and not last]
+        else:
+            items[name] = _read_layout(data, *message)
+    return next(iter(stages), 0), items
+
+
 def _read_file(path: Path) -> dict[str, Layout]:
     """The layouts of one file: JSON where its name says so, else protobuf, as MindSpore decides it."""
     try:
-        stage, items = _read_json(path)
+        stage, items = _read_json(path) if path.suffix == ".json" else _read_protobuf(path)
         layouts = {}
         for name, item in items.items():
             # What `merge_pipeline_strategys` makes of several stages has the stage before each name.
@@ -76,7 +137,7 @@ def _read_file(path: Path) -> dict[str, Layout]:
     except OSError as err:
         raise CheckpointError(f"{path}: cannot be read ({err.strerror}); name the strategy file of the run that wrote "
                               "the checkpoint") from err
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as err:
+    except (Damaged, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as err:
         raise CheckpointError(f"{path}: no strategy file of MindSpore's ({err!r}); name the strategy file of the run "
                               "that wrote the checkpoint") from err
 

@@ -6,6 +6,7 @@ MindSpore and ml_dtypes have): arithmetic on it is refused rather than wrong, an
     cast(weights["transformer.output_layer.weight"], "float32")
 """
 
+import mmap
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -98,6 +99,18 @@ def cut(array: np.ndarray) -> Iterator[np.ndarray]:
     else:
         step = max(1, PIECE * len(array) // array.nbytes)  # rows
         yield from (np.ascontiguousarray(array[start:start + step]).reshape(-1) for start in range(0, len(array), step))
+
+
+def release(array: np.ndarray) -> None:
+    """Let go of the pages of the mapped file behind an array, which count as this process's memory once they are read.
+
+    The array stays valid: what is looked at again comes back from the file.
+    """
+    base = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def _numbers(values: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ What a verb needs is imported when it runs: `glm3kit --help` waits for nothing. 
 import argparse
 import json
 import os
+import signal
 import sys
 from ipaddress import ip_address
 from pathlib import Path
@@ -114,6 +115,11 @@ def rank_table_merge(args: argparse.Namespace) -> int:
     return 0
 
 
+def _print_size(path: Path) -> None:
+    files = path.iterdir() if path.is_dir() else [path]
+    print(f"{path}: {sum(file.stat().st_size for file in files) / 1e6:,.1f} MB")
+
+
 def convert(args: argparse.Namespace) -> int:
     """Convert weights to another form, or check what an earlier conversion wrote."""
     from glm3kit.conversion import convert_weights, verify_weights
@@ -122,8 +128,7 @@ def convert(args: argparse.Namespace) -> int:
     if args.destination:
         path = convert_weights(args.source, args.destination, to=args.to, dtype=args.dtype, config=args.config,
                                max_shard_size=args.max_shard_size, tokenizer=args.tokenizer, force=args.force)
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        print(f"{path}: {sum(file.stat().st_size for file in files) / 1e6:,.1f} MB")
+        _print_size(path)
     if args.verify:
         print(f"{path}: {verify_weights(path)} tensors are as they were written")
     return 0
@@ -182,6 +187,8 @@ def launch(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(f"\n{start.shell()}")
         return 0
+    if not args.detach:  # whoever ends this process ends its job, as Ctrl-C does
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     job = run_launch(start, wait=not args.detach, overwrite=args.overwrite)
     print(f"{job.state()['state']}: {job.folder}")
     return 0
@@ -248,11 +255,11 @@ def plot(args: argparse.Namespace) -> int:
 
 
 def merge(args: argparse.Namespace) -> int:
-    """Merge the shards of a checkpoint into one file of weights."""
+    """Merge the shards of a checkpoint, this kit's or MindFormers', into whole weights."""
     from glm3kit.merge import merge
 
-    path = merge(args.source, args.destination, args.strategy, base=args.base, adapters=args.adapters, force=args.force)
-    print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
+    _print_size(merge(args.source, args.destination, args.strategy, base=args.base, adapters=args.adapters,
+                      max_shard_size=args.max_shard_size, force=args.force))
     return 0
 
 
