@@ -164,7 +164,7 @@ def save_checkpoint(job_dir: str | Path, net: "ChatGLM3", trainer: "Trainer", to
     folder = Path(job_dir) / "checkpoint"
     final, temporary = folder / f"step_{trainer.step}", folder / f".step_{trainer.step}.tmp"
     if topology.rank == 0:
-        _clear_unfinished(folder)
+        clear_unfinished(folder)
         temporary.mkdir(parents=True)
     barrier(topology)
     try:
@@ -204,7 +204,7 @@ def save_checkpoint(job_dir: str | Path, net: "ChatGLM3", trainer: "Trainer", to
         sync(folder)
         for old in checkpoints(job_dir)[:-keep]:
             _set_aside(old)
-        _clear_unfinished(folder)
+        clear_unfinished(folder)
     barrier(topology)
     return final
 
@@ -215,10 +215,10 @@ def _set_aside(path: Path) -> None:
         os.rename(path, path.with_name(f".{path.name}.old.tmp"))
 
 
-def _clear_unfinished(folder: Path) -> None:
+def clear_unfinished(folder: Path) -> None:
     """Remove what a run that was killed has left: half a checkpoint, half of one that was being removed."""
     for path in folder.glob(".step_*.tmp"):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 # ---- continuing ----

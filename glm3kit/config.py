@@ -178,6 +178,7 @@ class TrainConfig(Part):
     save_steps: Count | None = None  # default: at the end only
     keep_checkpoints: Count = 1
     log_steps: Count = 1
+    hang_timeout_s: float | None = Field(1800.0, gt=0)  # no step for so long ends the job; null: wait for ever
 
 
 class ParallelConfig(Part):

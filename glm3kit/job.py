@@ -7,10 +7,12 @@ The folder is the job: `job.json` (written by the supervisor, see supervisor.py)
 """
 
 import codecs
+import faulthandler
 import json
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +30,7 @@ LIVE = ("starting", "running")  # the other states are final: succeeded, failed,
 JOB_VARIABLE = "GLM3KIT_JOB"  # in the environment of every process that a job starts: the job's folder
 POLL_S = 0.5
 SILENT_S = 60  # without a touch of job.json by a supervisor on another machine, which touches it every 10 s
+STACKS_SIGNAL = signal.SIGUSR1  # makes a rank write to its log where each of its threads is
 
 
 def now() -> str:
@@ -114,6 +117,7 @@ def rank_process(folder: str | Path) -> Iterator[None]:
         end = {"ended": now(), "exit_code": exit_code, "error": error}
         atomic_write(path, json.dumps(record | end, ensure_ascii=False))
 
+    faulthandler.register(STACKS_SIGNAL, file=sys.__stderr__)
     atomic_write(path, json.dumps(record))
     try:
         yield

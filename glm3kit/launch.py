@@ -220,7 +220,7 @@ def _continue(folder: Path, job_dir: Path) -> None:
     _refuse_left_over(folder)
     newest_checkpoint(job_dir)
     (folder / "job.json").unlink(missing_ok=True)
-    for record in (folder / "log").glob("*.json"):  # how the ranks ended the last time
+    for record in [*(folder / "log").glob("*.json"), *(folder / "log").glob("*.step")]:  # how the ranks ended last time
         record.unlink()
 
 

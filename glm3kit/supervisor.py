@@ -22,9 +22,12 @@ from pathlib import Path
 
 import psutil
 
+from glm3kit.checkpoint import clear_unfinished
 from glm3kit.cluster import Plan, msrun_command
+from glm3kit.config import load_config
 from glm3kit.files import atomic_write
-from glm3kit.job import JOB_VARIABLE, end_processes, is_running, last_lines, now, process_mark
+from glm3kit.heartbeat import Watch
+from glm3kit.job import JOB_VARIABLE, STACKS_SIGNAL, end_processes, is_running, last_lines, now, process_mark
 
 POLL_S = 0.2
 GRACE_S = 3  # for a rank that failed to print its traceback, for msrun (which looks once a second) to log an exit code
@@ -50,7 +53,7 @@ def describe_exit(code: int | None) -> str:
 class Supervisor:
     """One run of one job. `run` returns when everything that was started has ended."""
 
-    def __init__(self, folder: Path, plan: Plan, command: list[str]) -> None:
+    def __init__(self, folder: Path, plan: Plan, command: list[str], hang_timeout_s: float | None) -> None:
         self.folder, self.plan, self.command = folder, plan, command
         self.stopping = False
         self.launcher: subprocess.Popen | None = None
@@ -59,6 +62,7 @@ class Supervisor:
         self.expected = {*self.names, *(["scheduler"] if plan.ranks > 1 and plan.schedules else [])}
         self.suspected: dict[str, float] = {}  # name -> when it was first seen to have failed
         self.culprit: str | None = None  # what ended by itself, without a word
+        self.heartbeats = Watch(folder, self.names, hang_timeout_s)
         self.written, self.touched = "", 0.0  # the content of job.json, and when it was touched
         self.state: dict = {
             "state": "starting", "reason": None, "started": now(), "ended": None, "rank_size": plan.ranks,
@@ -147,6 +151,17 @@ class Supervisor:
             self.state["exit_codes"][name] = codes.get(name)
         return self._reason(name, describe_exit(codes.get(name)))
 
+    def hang(self) -> str | None:
+        """Which rank has made no step for too long, or None; what each rank is doing then goes to its log."""
+        processes = self.state["processes"]
+        if not (found := self.heartbeats.silent(processes)):
+            return None
+        for name in self.names:
+            if is_running(processes.get(name)):
+                os.kill(processes[name]["pid"], STACKS_SIGNAL)
+        time.sleep(1)
+        return self._reason(*found)
+
     def _waited(self, name: str) -> bool:
         """Whether a process was first suspected long enough ago for all about its end to be known."""
         return time.monotonic() - self.suspected.setdefault(name, time.monotonic()) > GRACE_S
@@ -168,7 +183,7 @@ class Supervisor:
     def watch(self) -> tuple[str, str | None]:
         """Wait for the end of the ranks -> the final state and its reason."""
         while not self.stopping:
-            if reason := self.failure():
+            if reason := self.failure() or self.hang():
                 return "failed", reason
             if all(code == 0 for code in self.state["exit_codes"].values()):
                 return "succeeded", None
@@ -188,6 +203,7 @@ class Supervisor:
         except Exception:  # nobody else would hear of it: this process has no parent
             state, reason = "failed", f"the supervisor itself failed:\n{traceback.format_exc()}"
         left = end_processes(self.folder)
+        clear_unfinished(self.folder / "checkpoint")  # on a full disk the verdict needs the room
         if left:
             reason = f"{reason or ''}\nProcesses {left} could not be ended.".strip()
         self.write(state=state, reason=reason, ended=now())
@@ -201,7 +217,8 @@ def main(folder: str, plan: str, *command: str) -> None:
         os._exit(0 if os.read(reader, 1) else 1)
     os.close(reader)
     os.setsid()
-    supervisor = Supervisor(Path(folder), Plan(**json.loads(plan)), list(command))
+    hang_timeout_s = load_config(Path(folder, "config.yaml")).train.hang_timeout_s
+    supervisor = Supervisor(Path(folder), Plan(**json.loads(plan)), list(command), hang_timeout_s)
 
     def stop(*_: object) -> None:
         supervisor.stopping = True

@@ -7,6 +7,7 @@ the curve does not depend on how the rows are laid out.
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -19,6 +20,8 @@ from glm3kit.checkpoint import STRATEGY, load_checkpoint, save_checkpoint, usabl
 from glm3kit.config import RunConfig, TrainConfig
 from glm3kit.data import Batches, prepare_data
 from glm3kit.errors import CheckpointError, DataError, JobError
+from glm3kit.heartbeat import Heartbeat
+from glm3kit.job import JOB_VARIABLE
 from glm3kit.lora import add_adapters
 from glm3kit.metrics import MetricsWriter, format_step_line
 from glm3kit.model import ChatGLM3
@@ -167,6 +170,7 @@ def run_rank(config: RunConfig, resume: bool = False) -> list[dict]:
         load_checkpoint(usable_checkpoint(job_dir, topology), net, trainer, topology, data)
     if topology.rank == 0:
         write_strategy(job_dir / "strategy" / STRATEGY, weight_layouts(net, topology))
+    heartbeat = Heartbeat(os.environ.get(JOB_VARIABLE, job_dir), topology.rank)
     metrics = MetricsWriter(job_dir / "metrics.jsonl") if topology.rank == 0 else None
 
     def on_step(record: dict, trainer: Trainer) -> None:
@@ -180,6 +184,7 @@ def run_rank(config: RunConfig, resume: bool = False) -> list[dict]:
             print(format_step_line(record, epochs, epoch.steps_per_epoch // micro_steps), flush=True)
         if step == total_steps or (train.save_steps and step % train.save_steps == 0):
             save_checkpoint(job_dir, net, trainer, topology, train.keep_checkpoints, data)
+        heartbeat.mark()
 
     batches = Batches(tokens, **rows, epochs=epochs, start_step=trainer.step * micro_steps)
-    return run_steps(trainer, batches, on_step)
+    return run_steps(trainer, heartbeat.drawing(batches), on_step)
