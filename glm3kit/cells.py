@@ -17,6 +17,7 @@ from typing import Any
 from glm3kit.errors import Glm3KitError
 
 KEPT = 20  # runs of cells
+MAX_KEPT = 1_000_000  # characters of one run
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class _Copy:
         self._stream, self._kept = stream, copy
 
     def write(self, text: str) -> int:
-        self._kept.write(text)
+        if self._kept.tell() < MAX_KEPT:
+            self._kept.write(text)
         return self._stream.write(text)
 
     def __getattr__(self, name: str) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 from glm3kit import cells, transcript
 from glm3kit.errors import Glm3KitError, PromptError
 from glm3kit.prompt import ASSISTANT, TOOLS_PROMPT, answer_content, chat_ids, code_block, has_tools, process_response
-from glm3kit.text_stream import TextStream
+from glm3kit.text_stream import answer_texts
 from glm3kit.tokenizer import ChatGLM3Tokenizer
 from glm3kit.tools import TIMEOUT_S, Tool, cut, run_call
 from glm3kit.window import fit_prompt
@@ -67,7 +67,7 @@ class ChatSession:
         if len(self.functions) < len(registered):
             raise PromptError(f"two tools have one name: {', '.join(item.name for item in registered)}; rename one")
         self.tools = [item.to_dict() if isinstance(item, Tool) else item for item in tools or []]
-        self.ask_first = False  # whether whoever shows the session asks before a tool is run
+        self._ask_first = False
         self._opening = self._system_turn(system)
         self._listeners: list[Callable[[], None]] = []
         self._busy = threading.Lock()  # held while a reply is being generated or a tool runs
@@ -170,6 +170,16 @@ class ChatSession:
         self._listeners.append(changed)
         return lambda: self._listeners.remove(changed)
 
+    @property
+    def ask_first(self) -> bool:
+        """Whether whoever shows the session asks a person before a tool is run; may be assigned."""
+        return self._ask_first
+
+    @ask_first.setter
+    def ask_first(self, ask_first: bool) -> None:
+        self._ask_first = ask_first
+        self._tell()
+
     def _tell(self) -> None:
         for changed in list(self._listeners):
             changed()
@@ -270,19 +280,26 @@ class ChatSession:
             raise PromptError(f"there is no message {at} to go on from; the history has {len(self.history)}")
         return self._hold("cannot start another reply", self._turn({"role": role, "content": text}, at))
 
-    def regenerate(self) -> Iterator[str]:
-        """Say the newest message again and yield another reply, which takes the place of the last; see `stream`."""
-        at = self._spoken()
-        return self.stream(self.history[at]["content"], self.history[at]["role"], at)
-
     def ask(self, text: Any, role: str = "user") -> str | dict[str, Any]:
         """Say something as `role` and return the whole reply: text, or the dict that process_response makes of a call.
 
         Arguments and errors as for `stream`.
         """
-        for _ in self.stream(text, role):
+        return self._whole(self.stream(text, role))
+
+    def _whole(self, deltas: Iterator[str]) -> str | dict[str, Any]:
+        for _ in deltas:
             pass
         return self.last_reply
+
+    def stream_again(self) -> Iterator[str]:
+        """Say the newest message again and yield another reply, which takes the place of the last; see `stream`."""
+        at = self._spoken()
+        return self.stream(self.history[at]["content"], self.history[at]["role"], at)
+
+    def regenerate(self) -> str | dict[str, Any]:
+        """Say the newest message again and return another reply, which takes the place of the last."""
+        return self._whole(self.stream_again())
 
     def stream_tools(self, approve: Callable[[dict[str, Any]], bool] | None = None, rounds: int = MAX_ROUNDS,
                      timeout_s: float = TIMEOUT_S) -> Iterator[str]:
@@ -300,9 +317,7 @@ class ChatSession:
         timeout_s: of one call; a tool that takes longer is abandoned, see glm3kit.tools.
         A call of a tool that is only described is left to you: ask(result, role="observation").
         """
-        for _ in self.stream_tools(approve, rounds, timeout_s):
-            pass
-        return self.last_reply
+        return self._whole(self.stream_tools(approve, rounds, timeout_s))
 
     def insert_cell(self) -> None:
         """Put the code of the last answer into a new cell below the running one. The user reads it, and runs it.
@@ -311,12 +326,16 @@ class ChatSession:
         """
         cells.insert_cell(self._code())
 
-    def observe_cell(self) -> Iterator[str]:
+    def stream_cell(self) -> Iterator[str]:
         """Say as observation what the cell of the last answer's code has printed, and yield the reply as `stream`.
 
         Raises Glm3KitError if the last answer is no code, or no cell has been run since.
         """
         return self.stream(cut(cells.last_run(self._code())), "observation")
+
+    def observe_cell(self) -> str | dict[str, Any]:
+        """Say as observation what the cell of the last answer's code has printed; return the reply."""
+        return self._whole(self.stream_cell())
 
     def _code(self) -> str:
         code = self.pending_code
@@ -385,16 +404,9 @@ class ChatSession:
 
     def _generate(self, asked: list[dict[str, Any]]) -> Iterator[str]:
         """Yield the reply's text; the whole of it, with its white space and part marks, grows in `_pending`."""
-        assistant = self.tokenizer.role_id("assistant")
-        said, told, text = "", 0, TextStream(self.tokenizer)
-        source = iter(self.reply(list(self.last_prompt_ids), **(self.sampling or {})))
+        source, told = iter(self.reply(list(self.last_prompt_ids), **(self.sampling or {}))), 0
         try:
-            for token in self._until_stop(source):
-                if token == assistant:  # another part of the same reply begins
-                    said += text.finish() + ASSISTANT
-                    text = TextStream(self.tokenizer)
-                else:
-                    said += text.push(token)
+            for said in answer_texts(self.tokenizer, self._until_stop(source)):
                 self._pending = asked, said
                 self._tell()
                 shown = said.replace(ASSISTANT, "\n").strip()
@@ -402,13 +414,8 @@ class ChatSession:
                     yield shown[told:]
                     told = len(shown)
         finally:
-            said += text.finish()
-            self._pending = asked, said
             if hasattr(source, "close"):
                 source.close()  # a generator that holds a model's cache lets go of it now, not when it is collected
-        rest = said.replace(ASSISTANT, "\n").strip()[told:]
-        if rest:
-            yield rest
 
     def _until_stop(self, source: Iterator[int]) -> Iterator[int]:
         for token in map(int, source):

@@ -65,13 +65,17 @@ function download(name, text) {
 /** Put a new code cell below the one that shows this widget; false where the page is no JupyterLab notebook. */
 function insertCell(model, code) {
   const notebook = model.widget_manager?.context?.model?.sharedModel;
-  if (typeof notebook?.insertCell !== "function") return false;
   const id = model.get("state").model_id;
-  const here = notebook.cells.findIndex((cell) =>
-    (cell.toJSON().outputs ?? []).some((output) => output.data?.[VIEW]?.model_id === id));
-  const below = here < 0 ? notebook.cells.length : here + 1;
-  notebook.insertCell(below, { cell_type: "code", source: code, metadata: { trusted: true } });
-  return true;
+  try {
+    const here = notebook.cells.findIndex((cell) =>
+      (cell.toJSON().outputs ?? []).some((output) => output.data?.[VIEW]?.model_id === id));
+    const below = here < 0 ? notebook.cells.length : here + 1;
+    notebook.insertCell(below, { cell_type: "code", source: code, metadata: { trusted: true } });
+    return true;
+  } catch (error) {  // another front end, or a JupyterLab before 4
+    console.warn("glm3kit: no cell was inserted:", error);
+    return false;
+  }
 }
 
 function firstLanguage() {
@@ -195,33 +199,38 @@ class Chat {
     if (this.state.busy || !this.text.value.trim()) return;
     this.ask("send", { text: this.text.value, role: this.role.value });
     this.write("", "user");
+    this.offered = null;
   }
 
   // panels
 
   showPanel(name) {
+    const fields = () => [...this.panelBox.querySelectorAll("button, input, select, textarea, summary")];
+    const focused = fields().indexOf(document.activeElement);
     this.panel = name;
     for (const [other, tab] of Object.entries(this.tabs)) tab.setAttribute("aria-expanded", String(other === name));
     this.panelBox.hidden = !name;
     const make = { settings: () => this.systemPanel(), tools: () => this.toolsPanel(),
       sampling: () => this.samplingPanel(), file: () => this.filePanel() }[name];
     this.panelBox.replaceChildren(...(make ? make() : []));
-    if (name) this.panelBox.setAttribute("aria-label", this.t[name]);
     this.panelBox.setAttribute("role", "region");
-    this.panelOf = JSON.stringify(this.panelState());
+    this.panelBox.setAttribute("aria-label", name ? this.t[name] : "");
+    this.panelOf = this.panelState();
+    if (focused >= 0) fields()[focused]?.focus();
   }
 
   /** What the panels show of the state: they are drawn again when that changes. */
   panelState() {
-    const { system, tools, ask_first, sampling, busy } = this.state;
-    return [system, tools, ask_first, sampling, busy];
+    const { system, tools, ask_first, sampling } = this.state;
+    const refused = this.panel === "sampling" ? this.model.get("note") : "";
+    return JSON.stringify([system, tools, ask_first, sampling, refused]);
   }
 
   systemPanel() {
     const t = this.t, area = h("textarea", { "aria-label": t.settings, rows: "3" });
     area.value = this.state.system;
     const apply = this.button("", t.apply, () => this.ask("set_system", { text: area.value }),
-      { disabled: this.state.busy });
+      { "data-idle": true });
     return [h("p", null, t.systemHelp), area, h("div", { class: "glm3kit-row" }, apply)];
   }
 
@@ -241,14 +250,14 @@ class Chat {
   }
 
   samplingPanel() {
-    const t = this.t, { sampling, busy } = this.state;
+    const t = this.t, { sampling } = this.state;
     if (!sampling) return [h("p", null, t.noSampling)];
     const known = Object.keys(OPTIONS).filter((name) => name in sampling);
     return [h("div", { class: "glm3kit-grid" }, ...known.map((name) => {
       const set = (value) => this.ask("set_sampling", { [name]: value });
       const input = OPTIONS[name] === null
-        ? h("input", { type: "checkbox", disabled: busy, onchange: () => set(input.checked) })
-        : h("input", { type: "number", step: OPTIONS[name], disabled: busy, placeholder: t.noLimit,
+        ? h("input", { type: "checkbox", "data-idle": true, onchange: () => set(input.checked) })
+        : h("input", { type: "number", step: OPTIONS[name], "data-idle": true, placeholder: t.noLimit,
           onchange: () => set(input.value === "" ? null : Number(input.value)) });
       if (OPTIONS[name] === null) input.checked = sampling[name];
       else input.value = sampling[name] ?? "";
@@ -268,7 +277,7 @@ class Chat {
       this.button("copy", t.copyAll, () => { this.copying = true; this.ask("save", { form: "md" }); }),
       this.button("", t.json, () => this.ask("save", { form: "json" })),
       this.button("", t.md, () => this.ask("save", { form: "md" })),
-      this.button("", t.load, () => file.click(), { disabled: this.state.busy }), file)];
+      this.button("", t.load, () => file.click(), { "data-idle": true }), file)];
   }
 
   // messages
@@ -281,25 +290,28 @@ class Chat {
     all.forEach((message, i) => this.place(i, message, {
       live: busy && growing.length > 0 && i === last,
       end: message.left_out && !all[i + 1]?.left_out,
-      actions: !busy, again: !busy && i === last && message.role === "assistant",
+      again: !busy && i === last && message.role === "assistant",
     }));
     for (const { node } of this.shown.splice(all.length)) node.remove();
 
+    this.root.classList.toggle("glm3kit-busy", busy);
     this.after.replaceChildren(...this.buildAfter(all));
     this.buildChips(all);
-    if (!this.panelBox.hidden && this.panelOf !== JSON.stringify(this.panelState())) this.showPanel(this.panel);
+    if (this.panel && this.panelOf !== this.panelState()) this.showPanel(this.panel);
+    for (const control of this.panelBox.querySelectorAll("[data-idle]")) control.disabled = busy;
     this.tabs.tools.lastChild.textContent = state.tools.length ? `${t.tools} (${state.tools.length})` : t.tools;
     this.undo.disabled = this.clear.disabled = this.sendButton.disabled = busy;
     this.sendButton.hidden = busy;
     this.stopButton.hidden = !busy;
     this.stopButton.disabled = !busy;
     this.updateFooter();
+    this.offer();
     if (this.text.value !== this.draft.text) this.write(this.draft.text, this.draft.role);
     this.markRole();
   }
 
   place(i, message, flags) {
-    const editing = this.editing === message.at && flags.actions;
+    const editing = this.editing === message.at && !flags.live;
     const key = JSON.stringify([message, flags, editing]);
     const old = this.shown[i];
     if (old?.key === key) return;
@@ -314,13 +326,13 @@ class Chat {
     this.shown[i] = { ...made, key, live: flags.live, name: message.name };
   }
 
-  article(message, { live, end, actions, again }, editing) {
+  article(message, { live, end, again }, editing) {
     const t = this.t, { role, name } = message;
     const body = h("div", { class: "glm3kit-body" });
     if (editing) body.append(this.editor(message));
     else if (message.arguments) body.append(h("pre", { class: "glm3kit-code" }, message.arguments));
     else body.append(...words(message.text));
-    const tools = actions && !editing ? h("span", { class: "glm3kit-actions" },
+    const tools = !live && !editing ? h("span", { class: "glm3kit-actions" },
       this.button("copy", t.copy, (event) => this.copied(event.currentTarget, message.text), { bare: true }),
       this.button("edit", t.edit, () => { this.editing = message.at; this.update(); }, { bare: true }),
       again ? this.button("regenerate", t.regenerate, () => this.ask("regenerate"), { bare: true }) : null) : null;
@@ -346,7 +358,7 @@ class Chat {
     const t = this.t;
     const close = () => { this.editing = null; this.update(); };
     const save = () => {
-      if (!area.value.trim()) return;
+      if (this.state.busy || !area.value.trim()) return;
       this.editing = null;
       if (message.role === "assistant") this.ask("rewrite", { at: message.at, text: area.value });
       else if (message.at === 0 && this.isOpening()) this.ask("set_system", { text: area.value });
@@ -429,19 +441,23 @@ class Chat {
       speed ? fill(t.speed, { n: reply_tokens, s: speed.toFixed(1) }) : "",
       left_out ? fill(t.leftOut, { n: left_out }) : ""];
     this.count.textContent = parts.filter(Boolean).join(" · ");
-    const was = this.wasBusy;
-    this.wasBusy = busy;
     const note = this.model.get("note");
     if (running) this.status.textContent = `${t.running} ${running}…`;
     else if (busy) this.status.textContent = t.generating;
     else if (note) this.status.textContent = note;
-    else if (was) this.status.textContent = t.done;
+    else if (this.status.textContent.endsWith("…")) this.status.textContent = t.done;
     this.status.classList.toggle("glm3kit-warning", Boolean(note) && !busy);
-    if (was && !busy) {  // who most likely speaks next
-      const { call, unsent } = this.state;
-      if (unsent && !this.text.value) this.write(unsent.text, unsent.role);
-      else if (call && !call.runs) this.write(this.draft.text, "observation");
-    }
+  }
+
+  /** Once for each: a message that was not answered is given back, a call that waits for a person awaits its result. */
+  offer() {
+    const { busy, call, unsent } = this.state;
+    if (busy) return;
+    const key = JSON.stringify([unsent, call]);
+    if (key === this.offered) return;
+    this.offered = key;
+    if (unsent && !this.text.value) this.write(unsent.text, unsent.role);
+    else if (call && !call.runs) this.write(this.draft.text, "observation");
   }
 
   onMessage(message) {

@@ -88,7 +88,7 @@ def talk(session: ChatSession, read: Callable[[str], str] = input) -> None:
             elif command == "/undo":
                 print(f"[taken back: {printable(str(session.undo()['content']))}]")
             elif command == "/again":
-                _answer(session, session.regenerate(), read)
+                _answer(session, session.stream_again(), read)
             elif command == "/tools":
                 print(_tools_text(session))
             elif command in ("/auto", "/ask"):

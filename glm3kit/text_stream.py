@@ -4,6 +4,9 @@
     for token in net.stream(ids): print(text.push(token), end="")
 """
 
+from collections.abc import Iterable, Iterator
+
+from glm3kit.prompt import ASSISTANT
 from glm3kit.tokenizer import ChatGLM3Tokenizer
 
 
@@ -42,3 +45,20 @@ class TextStream:
             text = self._decode()
         self._told, self._told_text = len(self._ids), text
         return news
+
+
+def answer_texts(tokenizer: ChatGLM3Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """All of an answer's text after each of its ids, as process_response reads it: `<|assistant|>` between its parts.
+
+    At the end once more, with what was held back as part of a character.
+    """
+    assistant = tokenizer.role_id("assistant")
+    said, text = "", TextStream(tokenizer)
+    for token in tokens:
+        if token == assistant:  # another part of the same answer begins
+            said += text.finish() + ASSISTANT
+            text = TextStream(tokenizer)
+        else:
+            said += text.push(token)
+        yield said
+    yield said + text.finish()

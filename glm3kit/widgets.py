@@ -189,13 +189,13 @@ class ChatWidget(anywidget.AnyWidget):
         self._speak(self.session.stream(text, role, at))
 
     def _regenerate(self) -> None:
-        self._speak(self.session.regenerate())
+        self._speak(self.session.stream_again())
 
     def _run_tool(self) -> None:
         self._speak(self.session.stream_tools(rounds=1))
 
     def _observe_cell(self) -> None:
-        self._speak(self.session.observe_cell())
+        self._speak(self.session.stream_cell())
 
     def _undo(self) -> None:
         taken = self.session.undo()
@@ -210,7 +210,6 @@ class ChatWidget(anywidget.AnyWidget):
 
     def _set_ask_first(self, ask_first: bool) -> None:
         self.session.ask_first = ask_first
-        self.draw()
 
     def _save(self, form: str) -> None:
         write = {"json": transcript.to_json, "md": transcript.to_markdown}[form]

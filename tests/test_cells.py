@@ -18,11 +18,11 @@ session.insert_cell()
 ---
 print("another cell, in between")
 ---
-"".join(session.observe_cell())
+session.observe_cell()
 ---
 1 / 0
 ---
-print("".join(session.observe_cell()))
+print(session.observe_cell())
 """
 SCRIPT = """
 import sys

@@ -30,7 +30,7 @@ data: {max_source_length: 64, max_target_length: 127}
 parallel: {device_target: CPU}
 generate: {max_new_tokens: 24}
 """
-# Two more cells at the end of the notebook: a model that says what a test can expect, and its chat cell
+# Cells at the end of the notebook: a model that says what a test can expect, its chat cell, one in a full window
 SCRIPT = """
 import time
 from glm3kit.tools import calculate
@@ -66,6 +66,7 @@ def scripted(ids, **options):
 
 
 talk = ChatSession(tok, scripted, tools=[calculate], seq_length=2048, sampling=config.generate.model_dump())
+small = ChatSession(tok, lambda ids: iter(tok.encode("好的。", False)), "导游", seq_length=64, reserve=16)
 """
 ATTACK = "<img src=x onerror=\"window.hacked = 'img'\"><script>window.hacked = 'script'</script>"
 LINK = "[here](javascript:window.hacked='link') <|user|> <|system|>"
@@ -110,7 +111,8 @@ def notebook(lab, page):
     convert_weights(hub, lab.folder / "output" / "merged.safetensors")
 
     document = nbformat.read(NOTEBOOK, as_version=4)
-    document.cells += [nbformat.v4.new_code_cell(code.strip()) for code in (SCRIPT, "chat_widget(talk)")]
+    added = SCRIPT.strip(), "chat_widget(talk)", "chat_widget(small)"
+    document.cells += [nbformat.v4.new_code_cell(code) for code in added]
     for cell in document.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
@@ -131,7 +133,7 @@ def test_notebook_07_is_talked_to_in_jupyterlab(lab, page: Page, notebook, pictu
 
     # the notebook's own cell, on a real model: its answer streams in, with its speed
     chat = Chat(page.locator(".glm3kit-chat").first)
-    expect(page.locator(".glm3kit-chat")).to_have_count(2, timeout=120_000)
+    expect(page.locator(".glm3kit-chat")).to_have_count(3, timeout=120_000)
     before = chat.messages.count()
     assert before > 4, "what the cells above have said is there"
     chat.say("类型#裙*颜色#红色")
@@ -160,6 +162,10 @@ def test_notebook_07_is_talked_to_in_jupyterlab(lab, page: Page, notebook, pictu
     assert chat.said()[8] == "当然可以！东线：三亚、陵水、琼海。西线：海口、临高。"
     expect(chat.chip).to_have_count(0)
     picture("3-guide")
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=lab.url)
+    chat.messages.last.get_by_role("button", name="Copy").click()
+    expect(chat.status).to_contain_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == chat.said()[8]
 
     # Shift+Enter breaks the line, and runs no cell; a composition's Enter sends nothing
     chat.text.fill("数")
@@ -195,18 +201,39 @@ def test_notebook_07_is_talked_to_in_jupyterlab(lab, page: Page, notebook, pictu
     chat.wait(7)
     assert chat.said()[5] == "再来" and re.fullmatch(r"第 \d+ 次", chat.said()[-1])
 
-    # a tool, asked first: its arguments are shown, then it runs; then one by itself
-    chat.box.get_by_role("button", name="Tools").click()
-    expect(chat.box.get_by_role("region", name="Tools")).to_contain_text("Calculate an arithmetic expression")
-    chat.box.get_by_role("combobox", name="When the model calls a tool").select_option("ask")
-    chat.say("640 的 12.5% 是多少？")
-    card = chat.box.get_by_role("group", name="The model asks to call")
+    # another theme, another language: the conversation stays
+    told = chat.said()
+    light = chat.box.evaluate("box => getComputedStyle(box).backgroundColor")
+    lab.theme(page, "JupyterLab Dark")
+    page.wait_for_function(
+        "light => getComputedStyle(document.querySelector('.glm3kit-chat')).backgroundColor !== light", arg=light)
+    chat.button("中文").click()
+    expect(chat.box.get_by_role("toolbar", name="多角色对话")).to_be_visible()
+    expect(chat.messages.last).to_have_attribute("aria-label", "助手")
+    assert chat.said() == told
+
+    # a tool, asked first: its arguments are shown, then it runs
+    chat.box.get_by_role("button", name="工具").click()
+    expect(chat.box.get_by_role("region", name="工具")).to_contain_text("计算算术表达式")
+    chat.box.get_by_role("combobox", name="模型调用工具时").select_option("ask")
+    chat.box.get_by_role("button", name="工具").click()
+    chat.box.get_by_role("textbox", name="发给模型的消息").fill("640 的 12.5% 是多少？")
+    page.keyboard.press("Enter")
+    card = chat.box.get_by_role("group", name="模型请求调用")
     expect(card).to_contain_text('"expression": "640 * 12.5 / 100"')
-    picture("4-tool")
+    picture("4-tool-dark-chinese")
     assert chat.messages.count() == 9
-    card.get_by_role("button", name="Run").click()
-    chat.wait(11)
-    assert chat.said()[-2:] == ["80", "是 80。"]
+    card.get_by_role("button", name="执行").click()
+    expect(chat.messages).to_have_count(11)
+    expect(chat.messages.last).to_contain_text("是 80。")
+    page.set_viewport_size({"width": 720, "height": 900})
+    picture("5-narrow-chinese")
+    page.set_viewport_size({"width": 1180, "height": 900})
+    chat.button("English").click()
+    lab.theme(page, "JupyterLab Light")
+
+    # and by itself
+    chat.box.get_by_role("button", name="Tools").click()
     chat.box.get_by_role("combobox", name="When the model calls a tool").select_option("auto")
     chat.box.get_by_role("button", name="Tools").click()
     chat.say("640 的 12.5% 是多少？")
@@ -217,10 +244,10 @@ def test_notebook_07_is_talked_to_in_jupyterlab(lab, page: Page, notebook, pictu
     chat.say("写代码")
     chat.wait(17)
     chat.button("Insert as a new cell below").click()
-    cell = page.locator(".jp-Cell").last
-    expect(cell).to_contain_text("print(6 * 7)")
+    cell = page.locator(".jp-CodeCell", has=page.locator(".cm-line", has_text=re.compile(r"^print\(6 \* 7\)$")))
+    expect(cell).to_be_visible()
     expect(cell.locator(".jp-OutputArea-output")).to_have_count(0)  # nothing runs by itself
-    lab.run_cell(page, cells)
+    lab.run_cell(page, cells - 1)  # below the chat cell, above the last one
     expect(cell.locator(".jp-OutputArea-output").last).to_contain_text("56")
     chat.button("Send its output back").click()
     chat.wait(19)
@@ -239,7 +266,7 @@ def test_notebook_07_is_talked_to_in_jupyterlab(lab, page: Page, notebook, pictu
     chat.say("坏")
     expect(chat.box.get_by_role("alert")).to_contain_text("RuntimeError: the card is gone")
     expect(chat.text).to_have_value("坏")
-    picture("5-error")
+    picture("6-error")
     chat.say("好")
     chat.wait(25)
     expect(chat.box.get_by_role("alert")).to_have_count(0)
@@ -273,30 +300,27 @@ def test_notebook_07_is_talked_to_in_jupyterlab(lab, page: Page, notebook, pictu
     assert chat.said() == told
     chat.button("Transcript").click()
 
-    # every control has a name; another language, another theme: the conversation stays
+    # a window that is full: the page says what the model does not see any more
+    full = Chat(page.locator(".glm3kit-chat").nth(2))
+    for turn in range(3):
+        full.say("请介绍一下三亚的海滩。")
+        full.wait(3 + 2 * turn)
+    expect(full.box).to_contain_text(re.compile(r"the \d oldest messages no longer fit"))
+    expect(full.box.locator(".glm3kit-gone")).to_be_visible()
+    expect(full.messages.nth(0)).not_to_have_class(re.compile("glm3kit-left-out"))  # the system turn stays
+    expect(full.messages.nth(1)).to_have_class(re.compile("glm3kit-left-out"))
+    full.box.screenshot(path=pictures / "7-full.png")
+
+    # every control has a name
     nameless = chat.box.locator("button, select, textarea, input").evaluate_all(
         "all => all.filter(e => !(e.ariaLabel || e.textContent.trim() || e.labels?.length)).length")
     assert nameless == 0
-    light = chat.box.evaluate("box => getComputedStyle(box).backgroundColor")
-    lab.theme(page, "JupyterLab Dark")
-    page.wait_for_function(
-        "light => getComputedStyle(document.querySelector('.glm3kit-chat')).backgroundColor !== light", arg=light)
-    chat.button("中文").click()
-    expect(chat.box.get_by_role("toolbar", name="多角色对话")).to_be_visible()
-    expect(chat.messages.last).to_have_attribute("aria-label", "助手")
-    assert chat.said() == told
-    picture("6-dark-chinese")
-    lab.theme(page, "JupyterLab Light")
-    page.set_viewport_size({"width": 720, "height": 900})
-    picture("7-narrow-chinese")
-    page.set_viewport_size({"width": 1180, "height": 900})
-    chat.button("English").click()
 
     # the page is reloaded: display the session again, and the conversation is there, and goes on
     page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
     lab.open(page, path)
-    lab.run_cell(page, cells - 1)
-    chat = Chat(page.locator(".glm3kit-chat").last)
+    lab.run_cell(page, cells - 2)
+    chat = Chat(page.locator(".glm3kit-chat", has_text="Tools (1)"))
     expect(chat.messages).to_have_count(25)
     assert chat.said() == told
     chat.button("Clear").click()
