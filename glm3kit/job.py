@@ -132,6 +132,12 @@ def rank_process(folder: str | Path) -> Iterator[None]:
     leave(0, None)
 
 
+def elsewhere(state: dict) -> str | None:
+    """The name of the machine that a job runs on, if that is another one: its folder is on a disk that both see."""
+    host = state.get("host")
+    return host if host != socket.gethostname() else None
+
+
 class Job:
     """A job, by its folder. `launch` returns one; `Job.attach(folder)` finds it again from any process."""
 
@@ -158,12 +164,6 @@ class Job:
         except (OSError, ValueError) as err:
             raise JobError(f"{path}: cannot be read: {err}") from err
 
-    @staticmethod
-    def _elsewhere(state: dict) -> str | None:
-        """The name of the machine that a job runs on if that is another one."""
-        host = state.get("host")
-        return host if host != socket.gethostname() else None
-
     def state(self) -> dict:
         """The content of job.json: state, reason, processes, exit_codes (by rank), started, ended, rank_size.
 
@@ -172,7 +172,7 @@ class Job:
         and has given no sign of life for a minute.
         """
         state = self._read()
-        if state["state"] in LIVE and self._elsewhere(state):
+        if state["state"] in LIVE and elsewhere(state):
             silent_s = time.time() - (self.folder / "job.json").stat().st_mtime
             if silent_s > SILENT_S:
                 state |= {"state": "failed", "reason": f"no sign of life from the job's machine {state['host']} for "
@@ -219,7 +219,7 @@ class Job:
         Raises JobError if processes are left after `timeout_s` seconds.
         """
         state = self._read()
-        if state["state"] in LIVE and (host := self._elsewhere(state)):
+        if state["state"] in LIVE and (host := elsewhere(state)):
             raise JobError(f"{self.folder}: the job runs on {host}; stop it there")
         supervisor = state["processes"]["supervisor"]
         if is_running(supervisor):
@@ -260,28 +260,48 @@ class Job:
         return self
 
 
+class NewRecords:
+    """The records of a metrics.jsonl that were not read before; only what was added to the file is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.offset = path, 0  # bytes read so far
+
+    def read(self) -> list[dict]:
+        """The new records of steps; [] for a file that does not exist. A damaged line is left to `read_metrics`."""
+        try:
+            with self.path.open("rb") as file:
+                if file.seek(0, os.SEEK_END) < self.offset:  # a new run has replaced it
+                    self.offset = 0
+                file.seek(self.offset)
+                lines = file.readlines()
+        except FileNotFoundError:
+            return []
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()  # still being written
+        self.offset += sum(map(len, lines))
+        records = []
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and "step" in record and "loss" in record:
+                records.append(record)
+        return records
+
+
 class _Steps:
     """A progress bar over the steps that metrics.jsonl tells of."""
 
     def __init__(self, folder: Path, progress: bool) -> None:
         total = load_config(folder / "config.yaml").train.total_steps if progress else None
-        self.path = folder / "metrics.jsonl"
-        self.offset = 0  # bytes read so far
+        self.records = NewRecords(folder / "metrics.jsonl")
         self.bar = tqdm(total=total, unit="step", disable=not progress, desc=folder.name)
 
     def update(self) -> None:
-        if self.bar.disable or not self.path.exists():
+        if self.bar.disable:
             return
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            lines = file.readlines()
-        if lines and not lines[-1].endswith(b"\n"):
-            lines.pop()  # still being written
-        self.offset += sum(map(len, lines))
-        for line in lines:
-            record = json.loads(line)
-            if "loss" not in record:
-                continue
+        for record in self.records.read():
             self.bar.total = record.get("total_steps", self.bar.total)
             self.bar.n = record["step"]
             self.bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
