@@ -1,4 +1,4 @@
-"""Batches of a token file: shuffled, shared out among the ranks, padded, drawn ahead of their use.
+"""Batches of a token file: shuffled, shared out among the ranks, packed or padded, drawn ahead of their use.
 
     for input_ids, labels in Batches(TokenFile.open(folder), batch_size=4, seq_length=192): ...
 """
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from glm3kit.errors import DataError
+from glm3kit.packing import pack_rows
 from glm3kit.token_file import IGNORE_INDEX, TokenFile
 
 
@@ -46,6 +47,8 @@ class Batches:
         it is filled up with rows of padding whose labels are all -100.
     bucket_lengths: tokens; a global batch is padded to the first of these, then seq_length, that its longest row fits
         into. All ranks see the same length, and a graph is compiled once for each.
+    packing: put several rows into one, as `pack_rows` does; the packs stay, their order changes. A batch then has
+        segment_ids too, int32 as the others: 1 and up for the rows in each row, 0 for padding.
     Raises DataError if a row is longer than seq_length, or the rows do not fill one global batch.
     Example: 10 rows, batch_size 2, 2 ranks -> 2 steps an epoch; with drop_last=False 3.
     """
@@ -53,7 +56,7 @@ class Batches:
     def __init__(
         self, tokens: TokenFile, batch_size: int, seq_length: int, *, seed: int = 0, rank: int = 0, ranks: int = 1,
         epochs: int = 1, shuffle: bool = True, drop_last: bool = True, start_step: int = 0, pad_id: int = 0,
-        bucket_lengths: Sequence[int] = ()
+        bucket_lengths: Sequence[int] = (), packing: bool = False
     ):
         assert 0 <= rank < ranks and batch_size > 0
         if tokens.longest > seq_length:
@@ -61,12 +64,16 @@ class Batches:
                 f"{tokens.folder}: rows have up to {tokens.longest} tokens, but seq_length is {seq_length}; make "
                 "max_source_length + max_target_length + 1 (or max_seq_length) in data equal to the model's seq_length "
                 "and encode again")
+        self.packs = pack_rows(tokens.lengths, seq_length) if packing else None
+        # Tokens of what stands in one row of a batch.
+        self.sizes = np.array([tokens.lengths[pack].sum() for pack in self.packs]) if self.packs else tokens.lengths
         self.global_batch = batch_size * ranks  # rows
-        self.steps_per_epoch = (math.floor if drop_last else math.ceil)(len(tokens) / self.global_batch)
+        self.steps_per_epoch = (math.floor if drop_last else math.ceil)(len(self.sizes) / self.global_batch)
         if not self.steps_per_epoch:
+            kind = "packed rows" if packing else "rows"
             raise DataError(
-                f"{tokens.folder}: {len(tokens)} rows do not fill one batch of {batch_size} rows on each of {ranks} "
-                f"devices ({self.global_batch} rows); lower train.batch_size or give more data")
+                f"{tokens.folder}: {len(self.sizes)} {kind} do not fill one batch of {batch_size} rows on each of "
+                f"{ranks} devices ({self.global_batch} rows); lower train.batch_size or give more data")
         if not 0 <= start_step <= self.steps_per_epoch * epochs:
             raise DataError(f"{tokens.folder}: start_step is {start_step}, but {epochs} epochs have "
                             f"{self.steps_per_epoch * epochs} steps; raise train.epochs to train on")
@@ -78,7 +85,7 @@ class Batches:
     def __len__(self) -> int:
         return self.steps_per_epoch * self.epochs
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def __iter__(self) -> Iterator[tuple[np.ndarray, ...]]:
         return prefetch(self.batch, range(self.start_step, len(self)))
 
     def epoch_of(self, step: int) -> int:
@@ -87,20 +94,25 @@ class Batches:
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._order_of is None or self._order_of[0] != epoch:
-            rows = len(self.tokens)
+            rows = len(self.sizes)
             order = np.random.default_rng([self.seed, epoch]).permutation(rows) if self.shuffle else np.arange(rows)
             self._order_of = epoch, order
             return order
         return self._order_of[1]
 
-    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The batch of this rank at a step from 0: input_ids and labels, (batch_size, length)."""
+    def batch(self, step: int) -> tuple[np.ndarray, ...]:
+        """The batch of this rank at a step from 0: input_ids, labels and, if packed, segment_ids."""
         first = (step % self.steps_per_epoch) * self.global_batch
-        rows = self._order(self.epoch_of(step))[first : first + self.global_batch]  # of all ranks
-        length = self.lengths[np.searchsorted(self.lengths, self.tokens.lengths[rows].max())]
-        input_ids = np.full((self.batch_size, length), self.pad_id, np.int32)
-        labels = np.full((self.batch_size, length), IGNORE_INDEX, np.int32)
-        for i, row in enumerate(rows[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]):
-            ids, row_labels = self.tokens[int(row)]
-            input_ids[i, : len(ids)], labels[i, : len(ids)] = ids, row_labels
-        return input_ids, labels
+        drawn = self._order(self.epoch_of(step))[first : first + self.global_batch]  # by all ranks
+        length = self.lengths[np.searchsorted(self.lengths, self.sizes[drawn].max())]
+        shape = self.batch_size, length
+        input_ids = np.full(shape, self.pad_id, np.int32)
+        labels, segment_ids = np.full(shape, IGNORE_INDEX, np.int32), np.zeros(shape, np.int32)
+        for i, number in enumerate(drawn[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]):
+            start = 0
+            for segment, row in enumerate(self.packs[number] if self.packs else [int(number)], 1):
+                ids, row_labels = self.tokens[row]
+                end = start + len(ids)
+                input_ids[i, start:end], labels[i, start:end], segment_ids[i, start:end] = ids, row_labels, segment
+                start = end
+        return (input_ids, labels, segment_ids) if self.packs else (input_ids, labels)

@@ -7,9 +7,9 @@ Knowledge: MindFormers 1.1's ADGEN and multi-turn data sets, whose values these 
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ __all__ = ["IGNORE_INDEX", "Batches", "TokenFile", "encode_adgen", "encode_conve
            "prepare_data", "read_rows"]
 
 ROWS_AT_ONCE = 512  # rows handed to SentencePiece's threads together
+BATCHES_AHEAD = 4  # handed to it before the ids of the first are needed
 # Settings that encoded rows depend on, besides the window.
 SETTINGS = {"origin_columns", "max_source_length", "max_target_length", "tools_indent", "skip_bad"}
 
@@ -162,7 +163,8 @@ class _Encoding:
                             if not self.data.skip_bad:
                                 raise refuse(path, line, err) from err
                             report["skipped"].append({"file": path.name, "line": line, "reason": str(err)})
-                    yield rows
+                    if rows:
+                        yield rows
                     bar.update(sum(size for _, size, _ in some))
                 bar.update(size - bar.n)
             report["files"].append({"file": path.name, "encoding": ENCODINGS[encoding],
@@ -183,10 +185,10 @@ class _Encoding:
             lengths["source"][source] += 1
             lengths["target"][target] += 1
 
-    def _join_rows(self, rows: list[tuple[int, int, Any]], ids_of_texts: list[np.ndarray]) -> EncodedRows:
+    def _join_rows(self, rows: list[tuple[int, int, Any]], encoding: Future) -> EncodedRows:
         """Rows of a batch one after the other."""
         ids, masks, origins = [], [], []
-        texts, opening = iter(ids_of_texts), len(self.tok.prefix_ids)
+        texts, opening = iter(encoding.result()), len(self.tok.prefix_ids)
         for file, line, row in rows:
             if isinstance(row, list):
                 source_ids, target_ids = next(texts), next(texts)
@@ -207,16 +209,15 @@ class _Encoding:
 
     def batches(self, progress: bool) -> Iterator[EncodedRows]:
         """Encode the files batch by batch; the report is complete when all are drawn."""
-        waiting = None
+        waiting: deque[tuple[list, Future]] = deque()
         with ThreadPoolExecutor(1) as pool:  # SentencePiece works on the next rows while Python joins the last ones
             for rows in self._rows(progress):
                 texts = [text for _, _, row in rows if isinstance(row, list) for text in row]
-                encoding = pool.submit(self.tok.encode_batch, texts)
-                if waiting:
-                    yield self._join_rows(waiting[0], waiting[1].result())
-                waiting = (rows, encoding) if rows else None
-            if waiting:
-                yield self._join_rows(waiting[0], waiting[1].result())
+                waiting.append((rows, pool.submit(self.tok.encode_batch, texts)))
+                if len(waiting) > BATCHES_AHEAD:
+                    yield self._join_rows(*waiting.popleft())
+            while waiting:
+                yield self._join_rows(*waiting.popleft())
         self.report["rows_skipped"] = len(self.report["skipped"])
         self.report["lengths"] = {name: _spread(lengths) for name, lengths in self.lengths.items() if lengths}
 

@@ -152,8 +152,13 @@ class ChatGLM3(nn.Cell):
         self.cross_entropy = CrossEntropySum(topology)
         self.decoders: dict[int, list[nn.Cell]] = {}  # idle kv caches of `generate`, by batch size
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Output of the final norm (B, T, C); attention_mask (B, T) int32 holds 0 where a row is padded on the left."""
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+               segment_ids: Tensor | None = None) -> Tensor:
+        """Output of the final norm (B, T, C).
+
+        attention_mask (B, T) int32 holds 0 where a row is padded on the left; segment_ids (B, T) int32 the number of
+        the record that a token belongs to, where several stand in one row: each is computed as if it stood alone.
+        """
         B, T = input_ids.shape
         if T > self.cfg.seq_length:
             raise ValueError(f"input_ids has {T} tokens a row, more than seq_length {self.cfg.seq_length}; "
@@ -162,8 +167,13 @@ class ChatGLM3(nn.Cell):
         allowed = (steps.reshape(1, T) <= steps.reshape(T, 1)).reshape(1, 1, 1, T, T)
         if attention_mask is not None:
             allowed = ops.logical_and(allowed, (attention_mask != 0).reshape(B, 1, 1, 1, T))
-        mask = (1 - allowed.astype(ms.float32)) * MASKED
         cos, sin = self.cos[:T].reshape(1, T, 1, -1), self.sin[:T].reshape(1, T, 1, -1)
+        if segment_ids is not None:
+            same = segment_ids.reshape(B, 1, 1, 1, T) == segment_ids.reshape(B, 1, 1, T, 1)
+            allowed = ops.logical_and(allowed, same)
+            places = allowed.astype(ms.float32).sum(-1).reshape(B * T).astype(ms.int32) - 1  # each record from 0
+            cos, sin = self.cos[places].reshape(B, T, 1, -1), self.sin[places].reshape(B, T, 1, -1)
+        mask = (1 - allowed.astype(ms.float32)) * MASKED
         return self.transformer.encoder(self.transformer.embedding(input_ids), cos, sin, mask)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -175,14 +185,18 @@ class ChatGLM3(nn.Cell):
         B, T, C = x.shape
         return self.gather(self.logits(x.reshape(B * T, C))).reshape(B, T, -1)
 
-    def loss_sum(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def loss_sum(self, input_ids: Tensor, labels: Tensor, segment_ids: Tensor | None = None) -> Tensor:
         """Summed loss over the labels that count; labels are shifted: labels[i] is the token after input_ids[i]."""
-        x = self.hidden(input_ids)
+        x = self.hidden(input_ids, None, segment_ids)
         return self.cross_entropy(self.logits(x.reshape(-1, x.shape[-1])), labels.reshape(-1))[0]
 
-    def loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss over the labels that count, a scalar; labels (B, T) int32 are shifted, -100 is ignored."""
-        return self.loss_sum(input_ids, labels) / ops.maximum((labels != IGNORE_INDEX).astype(ms.float32).sum(), 1.0)
+    def loss(self, input_ids: Tensor, labels: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+        """Mean loss over the labels that count, a scalar; labels (B, T) int32 are shifted, -100 is ignored.
+
+        segment_ids: see `hidden`.
+        """
+        counted = (labels != IGNORE_INDEX).astype(ms.float32).sum()
+        return self.loss_sum(input_ids, labels, segment_ids) / ops.maximum(counted, 1.0)
 
     def forget_prompts(self) -> None:
         """Let conversations compute their next prompt whole: call it when weights have been changed in place."""

@@ -169,3 +169,41 @@ def test_the_thread_ends_with_the_iterator(ten):
     assert not threads()
     next(iter(Batches(ten, 2, 20, epochs=1000)))  # thrown away at once
     assert not threads()
+
+
+# --- several rows in one
+
+
+def test_packed_rows_are_all_there_once_with_numbers_of_their_own(ten):
+    (batch,) = [Batches(ten, 5, 15, shuffle=False, packing=True).batch(0)]
+    seen = []
+    for input_ids, labels, segment_ids in zip(*batch, strict=True):
+        assert input_ids.dtype == labels.dtype == segment_ids.dtype == np.int32
+        for segment in range(1, segment_ids.max() + 1):
+            at = np.flatnonzero(segment_ids == segment)
+            assert np.array_equal(at, np.arange(at[0], at[-1] + 1))  # one stretch
+            ids, row_labels = ten[int(input_ids[at[0]]) - FIRST]
+            assert np.array_equal(input_ids[at], ids) and np.array_equal(labels[at], row_labels)
+            seen.append(int(ids[0]) - FIRST)
+        rest = segment_ids == 0
+        assert np.all(input_ids[rest] == 0) and np.all(labels[rest] == -100)
+        assert not np.any(np.diff(rest.astype(int)) < 0)  # padding stands at the end
+    assert sorted(seen) == list(range(10))  # 65 tokens in 5 rows of 15
+
+
+def test_packed_batches_are_shared_out_resumed_and_repeated_as_others_are(ten):
+    options = dict(seed=3, epochs=4, packing=True)
+    whole = list(Batches(ten, 4, 15, **options))
+    shares = [Batches(ten, 2, 15, rank=rank, ranks=2, **options) for rank in range(2)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        for array, *pieces in zip(batch, *parts, strict=True):
+            assert np.array_equal(array, np.concatenate(pieces))
+    for start in range(len(whole)):
+        resumed = Batches(ten, 4, 15, start_step=start, **options)
+        assert np.array_equal(next(iter(resumed))[0], whole[start][0])
+    assert any(not np.array_equal(whole[0][0], batch[0]) for batch in whole[1:])
+
+
+def test_too_few_packed_rows_for_a_batch_are_an_error_that_counts_them(ten):
+    with pytest.raises(DataError, match="5 packed rows do not fill one batch of 6 rows"):
+        Batches(ten, 6, 15, packing=True)
