@@ -127,6 +127,7 @@ class DataConfig(Part):
     skip_bad: bool = False
     # Lengths besides seq_length that a batch may be padded to; a graph is compiled for each.
     bucket_lengths: Annotated[tuple[Count, ...], Field(strict=False)] = ()
+    packing: bool = False  # several short rows in one, each computed as if it stood alone
 
     @model_validator(mode="after")
     def _check_buckets(self) -> "DataConfig":

@@ -24,24 +24,36 @@ class SummedLoss(nn.Cell):
         return self.net.loss_sum(input_ids, labels)
 
 
+class PackedLoss(SummedLoss):
+    """input_ids, labels, segment_ids (B, T) -> summed loss; gradients are not taken of cells with default arguments."""
+
+    def construct(self, input_ids: Tensor, labels: Tensor, segment_ids: Tensor) -> Tensor:
+        return self.net.loss_sum(input_ids, labels, segment_ids)
+
+
 class Gradients(nn.Cell):
     """Forward and backward of one micro-batch, gradients in float32, cut into shards as soon as they are summed.
 
-    (input_ids, labels (B, T), scale) -> (this rank's gradient shards, [loss sum, labels that count])
+    (input_ids, labels (B, T), scale, segment_ids (B, T) of packed rows) -> (this rank's gradient shards, [loss sum,
+    labels that count])
     """
 
     def __init__(self, net: ChatGLM3, topology: Topology):
         super().__init__(auto_prefix=False)
-        self.loss = SummedLoss(net)
+        self.loss, self.packed_loss = SummedLoss(net), PackedLoss(net)
         self.parameters = ParameterTuple(net.trainable_params())
         self.backward = ops.GradOperation(get_by_list=True, sens_param=True)
         self.reduce = ReduceScatter(topology)
         self.copies = nn.CellList([SumOfCopies(topology, cut) if cut and copies_of(cut, topology.tensor_parallel)[1] > 1
                                    else nn.Identity() for cut in (slicing(p.name, net.cfg) for p in self.parameters)])
 
-    def construct(self, input_ids: Tensor, labels: Tensor, scale: Tensor) -> tuple:
-        loss = self.loss(input_ids, labels)
-        gradients = self.backward(self.loss, self.parameters)(input_ids, labels, scale)
+    def construct(self, input_ids: Tensor, labels: Tensor, scale: Tensor, segment_ids: Tensor | None = None) -> tuple:
+        if segment_ids is None:
+            loss = self.loss(input_ids, labels)
+            gradients = self.backward(self.loss, self.parameters)(input_ids, labels, scale)
+        else:
+            loss = self.packed_loss(input_ids, labels, segment_ids)
+            gradients = self.backward(self.packed_loss, self.parameters)(input_ids, labels, segment_ids, scale)
         shards = ()
         for i in range(len(gradients)):
             shards += (self.reduce(self.copies[i](gradients[i].astype(ms.float32))),)
@@ -97,8 +109,8 @@ class Step(nn.Cell):
 
     @ms.jit
     def construct(self, input_ids: Tensor, labels: Tensor, scale: Tensor, rate: Tensor, eps: Tensor,
-                  decay: Tensor) -> Tensor:
-        shards, sums = self.gradients(input_ids, labels, scale)
+                  decay: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+        shards, sums = self.gradients(input_ids, labels, scale, segment_ids)
         totals = self.totals(shards, sums, scale)
         factor = clip_factor(totals[1], totals[2], scale, self.max_norm)
         return ops.depend(totals, self.optimizer(shards, factor, rate, eps, decay))
@@ -116,9 +128,10 @@ class Accumulate(nn.Cell):
         self.assign = ops.Assign()
 
     @ms.jit
-    def construct(self, input_ids: Tensor, labels: Tensor, scale: Tensor, keep: Tensor) -> Tensor:
+    def construct(self, input_ids: Tensor, labels: Tensor, scale: Tensor, keep: Tensor,
+                  segment_ids: Tensor | None = None) -> Tensor:
         """keep: 0 for the first micro-batch of a step, which replaces what the last step left; else 1."""
-        shards, sums = self.gradients(input_ids, labels, scale)
+        shards, sums = self.gradients(input_ids, labels, scale, segment_ids)
         added = ()
         for i in range(len(shards)):
             # A product with 0 would keep an overflow of the step before.

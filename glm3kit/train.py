@@ -31,7 +31,7 @@ from glm3kit.step import Accumulate, Gradients, Step, Totals, Update
 from glm3kit.strategy import write_strategy
 from glm3kit.weights import fill_parameters, load_weights, random_weights
 
-Batch = tuple[np.ndarray, np.ndarray]  # input_ids and labels, (B, T) int32 each
+Batch = tuple[np.ndarray, ...]  # input_ids, labels and, of packed rows, segment_ids, (B, T) int32 each
 
 
 class Trainer:
@@ -77,11 +77,12 @@ class Trainer:
         scalars = [Tensor(x, ms.float32) for x in bias_corrected(self.step + 1, rate, self.config)]
         scale = Tensor(self.scale.value, ms.float32)
         if self.fused:
-            (input_ids, labels), = batches
-            totals = self.whole_step(Tensor(input_ids), Tensor(labels), scale, *scalars).asnumpy()
+            input_ids, labels, *segment_ids = map(Tensor, batches[0])
+            totals = self.whole_step(input_ids, labels, scale, *scalars, *segment_ids).asnumpy()
         else:
-            for i, (input_ids, labels) in enumerate(batches):
-                sums = self.accumulate(Tensor(input_ids), Tensor(labels), scale, Tensor(min(i, 1), ms.int32))
+            for i, batch in enumerate(batches):
+                input_ids, labels, *segment_ids = map(Tensor, batch)
+                sums = self.accumulate(input_ids, labels, scale, Tensor(min(i, 1), ms.int32), *segment_ids)
             totals = sums.asnumpy()
         loss, norm, count = (float(x) for x in totals)
         overflow = not math.isfinite(norm)
@@ -92,7 +93,7 @@ class Trainer:
         if not self.fused and not overflow:
             self.update(sums, scale, *scalars).asnumpy()
         record = {"step": self.step + 1, "loss": loss, "learning_rate": rate, "grad_norm": norm, "overflow": overflow,
-                  "loss_scale": self.scale.value, "tokens": int(sum(ids.size for ids, _ in batches)),
+                  "loss_scale": self.scale.value, "tokens": int(sum(batch[0].size for batch in batches)),
                   "loss_tokens": int(count), "step_time_ms": (time.perf_counter() - started) * 1000}
         self.scale.update(overflow)
         self.step += 1
@@ -123,8 +124,9 @@ def fit(net: ChatGLM3, batches: Iterable[Batch], config: TrainConfig, *, topolog
         on_step: Callable[[dict, Trainer], None] | None = None) -> list[dict]:
     """Train `net` in place; one record a step.
 
-    batches: (input_ids, labels) int32 arrays (B, T) of this rank, labels shifted; gradient_accumulation_steps of them
-        make a step. config.total_steps: where to stop, by default when they end (then they must have a length).
+    batches: (input_ids, labels) int32 arrays (B, T) of this rank, labels shifted, and segment_ids where several
+        records stand in one row (see `ChatGLM3.hidden`); gradient_accumulation_steps of them make a step.
+        config.total_steps: where to stop, by default when they end (then they must have a length).
     on_step: called with each record and the trainer.
     Returns dicts with step, loss, learning_rate, grad_norm, overflow, loss_scale, step_time_ms and more.
     Raises DataError if the batches end before total_steps, JobError if the loss is no finite number.
@@ -150,7 +152,7 @@ def run_rank(config: RunConfig, resume: bool = False) -> list[dict]:
     barrier(topology)
     tokens = prepare_data(config, progress=False)["train"]
     rows = dict(batch_size=train.batch_size, seq_length=config.model.seq_length, seed=train.seed,
-                bucket_lengths=config.data.bucket_lengths,
+                bucket_lengths=config.data.bucket_lengths, packing=config.data.packing,
                 rank=topology.data_rank, ranks=topology.data_parallel)
     epoch = Batches(tokens, **rows)
     micro_steps = train.gradient_accumulation_steps
@@ -164,7 +166,8 @@ def run_rank(config: RunConfig, resume: bool = False) -> list[dict]:
         print(f"model.checkpoint_name_or_path is not set: starting from random weights, seed {train.seed}")
         fill_parameters(net, random_weights(config.model, train.seed))
     trainer = Trainer(net, train, total_steps, topology)
-    data = {"digest": tokens.digest, "seed": train.seed, "rows_per_step": epoch.global_batch * micro_steps,
+    data = {"digest": tokens.digest + "-packed" * config.data.packing, "seed": train.seed,
+            "rows_per_step": epoch.global_batch * micro_steps,
             "rows_per_epoch": epoch.global_batch * epoch.steps_per_epoch}
     if resume:
         load_checkpoint(usable_checkpoint(job_dir, topology), net, trainer, topology, data)
