@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from glm3kit.errors import CheckpointError
-from glm3kit.files import atomic_path
+from glm3kit.files import StreamedFile, atomic_path
 from glm3kit.protobuf import BYTES, VARINT, Damaged, field_head, fields, varint
 from glm3kit.tensors import DTYPES, Tensors, TensorSpec, cut, raw_bytes
 
@@ -158,7 +158,7 @@ def write_ckpt(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
     Example: write_ckpt("glm3.ckpt", {"a.weight": np.zeros((2, 3), np.float16)})
     """
     tensors = Tensors.of(tensors)
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    with atomic_path(path) as temporary, StreamedFile(temporary) as file:
         for name, spec in tensors.specs.items():
             left, room = spec.nbytes, min(spec.nbytes, SLICE)  # bytes of the tensor, and of this message
             file.write(_head(name, spec, room))

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from glm3kit.errors import CheckpointError
-from glm3kit.files import atomic_path
+from glm3kit.files import StreamedFile, atomic_path
 from glm3kit.tensors import DTYPES, Tensors, TensorSpec, raw_bytes
 
 CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
@@ -106,7 +106,7 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray],
         position += spec.nbytes
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    with atomic_path(path) as temporary, StreamedFile(temporary) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             for piece in tensors.pieces(name):
