@@ -2,7 +2,8 @@
 
 Makes a checkpoint of ChatGLM3-6B's shapes (12.5 GB of random float16) in a temporary folder, in the published form, as
 PyTorch's shards and as MindSpore's .ckpt, and converts each into another, after `cp` and `sync` of the same files. The
-sources are put out of the page cache before every run. Memory is what is not page cache: RssAnon, every 20 ms.
+sources are put out of the page cache before every run. Memory: `anonymous` is what is not page cache, `resident` all of
+it with mapped files.
 
     python benchmarks/convert.py                             # 6B: needs 40 GB of disk, takes a quarter of an hour
     python benchmarks/convert.py --layers 2 --hidden 1024    # 0.3 GB
@@ -10,40 +11,21 @@ sources are put out of the page cache before every run. Memory is what is not pa
 
 import argparse
 import json
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from disk import copy_seconds, forget, model_config, random_tensors, remove, watch
 
-from glm3kit.config import ModelConfig
 from glm3kit.shards import cut_into_shards, index_text
-from glm3kit.tensors import PIECE, Tensors, TensorSpec
-from glm3kit.weight_names import parameter_shapes
+from glm3kit.tensors import Tensors, TensorSpec
 from glm3kit.weights import published_tensors, write_weights
 
 SHARD = 2 * 10**9  # bytes, as published
 BUDGET = 1.5  # times the copy, and GB
-
-
-def random_tensors(cfg: ModelConfig) -> Tensors:
-    """Weights of these sizes made of random bytes, a piece at a time."""
-    block = np.random.default_rng(0).bytes(PIECE)
-    specs = {name: TensorSpec("float16", shape) for name, shape in parameter_shapes(cfg).items()}
-
-    def pieces(name: str) -> Iterator[np.ndarray]:
-        left = specs[name].nbytes
-        while left:
-            yield np.frombuffer(block, np.uint8, min(left, PIECE)).view(np.float16)
-            left -= min(left, PIECE)
-
-    return Tensors(specs, lambda name: np.concatenate(list(pieces(name))).reshape(specs[name].shape), pieces=pieces)
 
 
 def torch_pickle(specs: dict[str, TensorSpec]) -> bytes:
@@ -79,63 +61,17 @@ def write_torch_shards(folder: Path, tensors: Tensors) -> None:
     (folder / "pytorch_model.bin.index.json").write_text(index_text(tensors.specs, shards))
 
 
-def files_of(path: Path) -> list[Path]:
-    return sorted(path.iterdir()) if path.is_dir() else [path]
-
-
-def forget(path: Path) -> None:
-    """Put files out of the page cache."""
-    for file in files_of(path):
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-
-
-def remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def copy_time(source: Path, destination: Path) -> float:
-    """Seconds of cp and sync."""
-    forget(source)
-    start = time.perf_counter()
-    subprocess.run(["cp", "-r", source, destination], check=True)
-    subprocess.run(["sync", *files_of(destination)], check=True)
-    seconds = time.perf_counter() - start
-    remove(destination)
-    return seconds
-
-
-def anonymous_memory(pid: int) -> int:
-    """Bytes of a process that are no page cache; 0 once it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon", "RssShmem")))
-
-
-def run(*command: str | Path) -> tuple[float, int]:
-    """Seconds that a command takes, and the most memory that it has."""
-    start, peak = time.perf_counter(), 0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None:
-        peak = max(peak, anonymous_memory(process.pid))
-        time.sleep(0.02)
-    assert process.returncode == 0, process.stderr.read()
-    return time.perf_counter() - start, peak
-
-
 def measure(source: Path, destination: Path, *options: str) -> dict[str, float]:
     """Convert after copying the same bytes; remove the result."""
     destination.parent.mkdir(exist_ok=True)
-    copied = copy_time(source, destination.with_name("copy"))
+    copied = copy_seconds(source, destination.with_name("copy"))
     forget(source)
-    seconds, peak = run(sys.executable, "-m", "glm3kit", "convert", source, destination, *options)
+    usage = watch(subprocess.Popen([sys.executable, "-m", "glm3kit", "convert", source, destination, *options],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
     remove(destination)
-    return {"copy_s": round(copied, 2), "convert_s": round(seconds, 2), "ratio": round(seconds / copied, 2),
-            "peak_mb": round(peak / 1e6)}
+    return {"copy_s": round(copied, 2), "convert_s": round(usage.seconds, 2),
+            "ratio": round(usage.seconds / copied, 2), "anonymous_mb": round(usage.anonymous / 1e6),
+            "resident_mb": round(usage.resident / 1e6)}
 
 
 def main() -> None:
@@ -146,9 +82,7 @@ def main() -> None:
     parser.add_argument("--only", help="the one line to run, such as 'hub > ckpt'")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-    heads = args.hidden // 128
-    cfg = ModelConfig(num_layers=args.layers, hidden_size=args.hidden, ffn_hidden_size=args.hidden * 13696 // 4096,
-                      num_attention_heads=heads, multi_query_group_num=min(2, heads))
+    cfg = model_config(args.layers, args.hidden)
     tensors = random_tensors(cfg)
     results = {}
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
@@ -177,10 +111,10 @@ def main() -> None:
         print(json.dumps({"gb": round(tensors.nbytes / 1e9, 2), "results": results}))
         return
     print(f"{tensors.nbytes / 1e9:.1f} GB; budget: {BUDGET} x the copy, {BUDGET} GB")
-    print(f"{'conversion':<20} {'cp + sync':>10} {'convert':>10} {'ratio':>6} {'memory':>9}")
+    print(f"{'conversion':<20} {'cp + sync':>10} {'convert':>10} {'ratio':>6} {'anonymous':>10} {'resident':>9}")
     for name, line in results.items():
         print(f"{name:<20} {line['copy_s']:>8.1f} s {line['convert_s']:>8.1f} s {line['ratio']:>6.2f} "
-              f"{line['peak_mb']:>6.0f} MB")
+              f"{line['anonymous_mb']:>7.0f} MB {line['resident_mb']:>6.0f} MB")
 
 
 if __name__ == "__main__":

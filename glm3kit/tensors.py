@@ -91,16 +91,6 @@ class Tensors(Mapping[str, np.ndarray]):
         return Tensors({name: self.specs[name] for name in names}, self._read, self.metadata, self._pieces)
 
 
-def cut(array: np.ndarray) -> Iterator[np.ndarray]:
-    """Cut an array into flat pieces; one that does not lie in row order is copied piece by piece."""
-    if array.flags.c_contiguous:
-        flat, step = array.reshape(-1), PIECE // array.itemsize
-        yield from (flat[start:start + step] for start in range(0, flat.size, step))
-    else:
-        step = max(1, PIECE * len(array) // array.nbytes)  # rows
-        yield from (np.ascontiguousarray(array[start:start + step]).reshape(-1) for start in range(0, len(array), step))
-
-
 def release(array: np.ndarray) -> None:
     """Let go of the pages of the mapped file behind an array, which count as this process's memory once they are read.
 
@@ -111,6 +101,17 @@ def release(array: np.ndarray) -> None:
         base = base.base
     if isinstance(base, mmap.mmap):
         base.madvise(mmap.MADV_DONTNEED)
+
+
+def cut(array: np.ndarray) -> Iterator[np.ndarray]:
+    """Cut an array into flat pieces; one that does not lie in row order is copied piece by piece."""
+    if array.flags.c_contiguous:
+        flat, step = array.reshape(-1), PIECE // array.itemsize
+        yield from (flat[start:start + step] for start in range(0, flat.size, step))
+    else:
+        step = max(1, PIECE * len(array) // array.nbytes)  # rows
+        yield from (np.ascontiguousarray(array[start:start + step]).reshape(-1) for start in range(0, len(array), step))
+    release(array)
 
 
 def _numbers(values: np.ndarray) -> np.ndarray:
