@@ -3,12 +3,33 @@
 In the shapes: B batch, T tokens, N = B * T rows, C hidden size, F ffn size, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
 from glm3kit.config import ModelConfig
 from glm3kit.parallel import CopyToSlices, SumOfSlices, Topology
+
+_draws = ContextVar("draws", default=True)
+
+
+@contextmanager
+def undrawn_weights() -> Iterator[None]:
+    """Build models without drawing random weights, where others come at once: to draw those of 6B takes minutes."""
+    token = _draws.set(False)
+    try:
+        yield
+    finally:
+        _draws.reset(token)
+
+
+def drawn(deviation: float, shape: tuple[int, ...], dtype: ms.Type) -> Tensor:
+    """Normal values to start a matrix from; zeros within `undrawn_weights`."""
+    return initializer(Normal(deviation) if _draws.get() else "zeros", shape, dtype)
 
 
 class RMSNorm(nn.Cell):
@@ -60,7 +81,7 @@ class Linear(nn.Cell):
                  bias: bool = False, scale: float = 1.0):
         super().__init__()
         dtype = getattr(ms, cfg.param_dtype)
-        self.weight = Parameter(initializer(Normal(0.02 * scale), (out_size, in_size), dtype), "weight")
+        self.weight = Parameter(drawn(0.02 * scale, (out_size, in_size), dtype), "weight")
         self.bias = Parameter(initializer("zeros", (out_size,), dtype), "bias") if bias else None
         self.dtype = getattr(ms, cfg.compute_dtype)
         self.matmul = ops.MatMul(transpose_b=True)
@@ -100,8 +121,8 @@ class Embedding(nn.Cell):
         super().__init__()
         self.words = cfg.padded_vocab_size // topology.tensor_parallel
         self.first = topology.tensor_rank * self.words
-        self.embedding_table = Parameter(initializer(Normal(0.02), (self.words, cfg.hidden_size),
-                                                     getattr(ms, cfg.param_dtype)), "embedding_table")
+        self.embedding_table = Parameter(drawn(0.02, (self.words, cfg.hidden_size), getattr(ms, cfg.param_dtype)),
+                                         "embedding_table")
         self.dtype = getattr(ms, cfg.compute_dtype)
         self.whole, self.sum = topology.tensor_parallel == 1, SumOfSlices(topology)
 

@@ -17,7 +17,7 @@ from mindspore import Tensor, nn, ops
 
 from glm3kit.attention import MASKED, SelfAttention, rotary_tables
 from glm3kit.config import ModelConfig
-from glm3kit.layers import MLP, Embedding, Linear, RMSNorm
+from glm3kit.layers import MLP, Embedding, Linear, RMSNorm, undrawn_weights
 from glm3kit.layout import Slicing
 from glm3kit.parallel import ALONE, GatherSlices, SumOfSlices, Topology
 
@@ -226,7 +226,10 @@ class AutoModel:
     def from_config(config: ModelConfig) -> ChatGLM3:
         """A ChatGLM3 with the weights (and adapters) that the configuration names; random ones where it names none."""
         from glm3kit.weights import load_weights
-        net = ChatGLM3(config)
-        if config.checkpoint_name_or_path:
-            load_weights(net, config.checkpoint_name_or_path, config.adapters_path)
+
+        if not config.checkpoint_name_or_path:
+            return ChatGLM3(config)
+        with undrawn_weights():
+            net = ChatGLM3(config)
+        load_weights(net, config.checkpoint_name_or_path, config.adapters_path)
         return net

@@ -22,6 +22,7 @@ from glm3kit.data import Batches, prepare_data
 from glm3kit.errors import CheckpointError, DataError, JobError
 from glm3kit.heartbeat import Heartbeat
 from glm3kit.job import JOB_VARIABLE
+from glm3kit.layers import undrawn_weights
 from glm3kit.lora import add_adapters
 from glm3kit.metrics import MetricsWriter, format_step_line
 from glm3kit.model import ChatGLM3
@@ -159,7 +160,8 @@ def run_rank(config: RunConfig, resume: bool = False) -> list[dict]:
     total_steps = train.total_steps or train.epochs * epoch.steps_per_epoch // micro_steps
     epochs = math.ceil(total_steps * micro_steps / epoch.steps_per_epoch)
 
-    net = ChatGLM3(config.model, topology)
+    with undrawn_weights():
+        net = ChatGLM3(config.model, topology)
     if config.model.checkpoint_name_or_path:
         load_weights(net, config.model.checkpoint_name_or_path, config.model.adapters_path)
     else:

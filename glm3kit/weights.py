@@ -24,7 +24,7 @@ from glm3kit.files import atomic_folder, atomic_write
 from glm3kit.manifest import Checksums, manifest_entry, read_manifest, write_manifest
 from glm3kit.safetensors_file import read_safetensors, write_safetensors
 from glm3kit.shards import cut_into_shards, index_name, index_text, weight_files
-from glm3kit.tensors import Tensors, TensorSpec, cast
+from glm3kit.tensors import Tensors, TensorSpec, cast, release
 from glm3kit.torch_file import read_torch
 from glm3kit.weight_names import EMBEDDING, INV_FREQ, TRAINING_STATE, hf_name, parameter_shapes, place
 
@@ -235,6 +235,7 @@ def fill_parameters(net: "ChatGLM3", weights: Mapping[str, np.ndarray]) -> None:
     topology, parameters = net.topology, net.parameters_dict()
     for name in parameter_shapes(net.cfg):
         values, parameter, cut = weights[name], parameters[name], slicing(name, net.cfg)
+        stored = values
         if cut and topology.tensor_parallel > 1:
             values = cut.part(values, topology.tensor_rank, topology.tensor_parallel)
         if parameter.dtype == ms.bfloat16:  # through float32, which holds every bfloat16
@@ -242,6 +243,7 @@ def fill_parameters(net: "ChatGLM3", weights: Mapping[str, np.ndarray]) -> None:
         else:
             values = ms.Tensor(cast(values, str(parameter.dtype).lower(), name))
         parameter.copy_(values)  # in place: compiled graphs hold on to the memory they were compiled with
+        release(stored)
 
 
 def random_weights(cfg: ModelConfig, seed: int) -> Tensors:

@@ -507,3 +507,19 @@ def test_the_command_converts_verifies_and_says_what_is_wrong(hub, tmp_path):
     assert done.returncode == 2 and "'much' is no size" in done.stderr
     done = run(hub)
     assert done.returncode == 2 and "DST is missing" in done.stderr
+
+
+# Memory
+
+
+@pytest.mark.parametrize("line", ["bin > ckpt", "ckpt > hf-glm"])
+def test_hundreds_of_megabytes_pass_through_a_few(line):
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, root / "benchmarks" / "convert.py", "--layers", "2", "--hidden", "1024",
+                           "--only", line, "--json"], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["gb"] > 0.3
+    (measured,) = report["results"].values()
+    assert 0 < measured["anonymous_mb"] < 150  # the interpreter with NumPy has 30
+    assert measured["resident_mb"] < 400  # the largest tensor, mapped, has 133

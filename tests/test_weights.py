@@ -571,3 +571,15 @@ def test_converting_needs_no_mindspore(hub, tmp_path):
     code = ("import sys; from glm3kit.conversion import convert_weights; "
             "convert_weights(sys.argv[1], sys.argv[2], progress=False); assert 'mindspore' not in sys.modules")
     subprocess.run([sys.executable, "-c", code, hub, tmp_path / "t.ckpt"], check=True)
+
+
+def test_a_model_that_gets_weights_at_once_is_built_without_drawing_others(hub, published, monkeypatch):
+    from glm3kit import AutoModel, ChatGLM3
+
+    cfg = ModelConfig.from_hf(hub / "config.json", param_dtype="float32", checkpoint_name_or_path=str(hub))
+    monkeypatch.setattr("glm3kit.layers.Normal", None)  # would be called to draw
+    net = AutoModel.from_config(cfg)
+    for name, parameter in net.parameters_dict().items():
+        np.testing.assert_array_equal(parameter.asnumpy(), published[hf_name(name)].astype(np.float32))
+    with pytest.raises(TypeError):
+        ChatGLM3(cfg)
