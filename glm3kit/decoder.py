@@ -15,6 +15,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from glm3kit.attention import MASKED
 from glm3kit.model import ChatGLM3
+from glm3kit.parallel import on_ascend
 
 SHORTEST_PREFILL = 64  # tokens; padding a shorter prompt costs less than compiling one more graph
 
@@ -57,6 +58,8 @@ class Decoder(nn.Cell):
 
         self.keys, self.values = caches("cached_keys"), caches("cached_values")
         self.batch_size, self.window = batch_size, S
+        # A CPU multiplies float16 as float32: a graph keeps all weights in both types, single operators one at a time.
+        self.in_graph = on_ascend() or cfg.compute_dtype != "float16"
         self.slots = Tensor(np.arange(S), ms.int32)
         self.first_slots = Tensor(np.arange(0, rows, S).reshape(batch_size, groups, 1), ms.int32)
         self.rows = Tensor(np.arange(batch_size), ms.int32)
@@ -82,8 +85,8 @@ class Decoder(nn.Cell):
         x = self.net.transformer.embedding(input_ids)
         return self.net.transformer.encoder(x, cos, sin, mask, caches, slots)
 
-    @ms.jit  # a graph in PyNative mode too
-    def construct(self, input_ids: Tensor, positions: Tensor, lengths: Tensor) -> Step:
+    def forward(self, input_ids: Tensor, positions: Tensor, lengths: Tensor) -> Step:
+        """What the graphs compute, an operator at a time."""
         B, T = input_ids.shape
         x = self.hidden(input_ids, positions).reshape(B * T, -1)
         if T > 1:
@@ -91,6 +94,21 @@ class Decoder(nn.Cell):
         logits = self.net.gather(self.net.logits(x))
         ids, highest = self.highest(logits)
         return logits, highest, ids.reshape(B, 1), positions + lengths
+
+    @ms.jit  # a graph in PyNative mode too
+    def construct(self, input_ids: Tensor, positions: Tensor, lengths: Tensor) -> Step:
+        return self.forward(input_ids, positions, lengths)
+
+    def run(self, input_ids: Tensor, positions: Tensor, lengths: Tensor) -> Step:
+        """Compute by a graph, or by `forward` where a graph would take too much memory, in whatever mode we are."""
+        if self.in_graph:
+            return self(input_ids, positions, lengths)
+        mode = ms.get_context("mode")
+        ms.set_context(mode=ms.PYNATIVE_MODE)
+        try:
+            return self.forward(input_ids, positions, lengths)
+        finally:
+            ms.set_context(mode=mode)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Step:
         """Run a prompt a row, from where it departs from what the cache holds; its last token is always computed.
@@ -101,15 +119,17 @@ class Decoder(nn.Cell):
         starts = [min(_shared(*pair), len(pair[0]) - 1) for pair in zip(prompts, held, strict=True)]
         news = [prompt[start:] for prompt, start in zip(prompts, starts, strict=True)]
         lengths = [len(new) for new in news]
-        padded = min(max(SHORTEST_PREFILL, 1 << (max(lengths) - 1).bit_length()), self.window)
+        padded = max(lengths)
+        if self.in_graph:
+            padded = min(max(SHORTEST_PREFILL, 1 << (padded - 1).bit_length()), self.window)
         input_ids = np.zeros((self.batch_size, padded), np.int32)
         for row, new in enumerate(news):
             input_ids[row, :len(new)] = new
-        return self(Tensor(input_ids), Tensor(starts, ms.int32), Tensor(lengths, ms.int32))
+        return self.run(Tensor(input_ids), Tensor(starts, ms.int32), Tensor(lengths, ms.int32))
 
     def step(self, ids: Tensor, positions: Tensor) -> Step:
         """Run one more token a row: ids (B, 1) at their positions (B,)."""
-        return self(ids, positions, self.ones)
+        return self.run(ids, positions, self.ones)
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Let row i of the cache go on from what row rows[i] holds."""
