@@ -129,4 +129,5 @@ def merge(source: str | Path, destination: str | Path, strategy: str | Path | No
         tensors = fold_adapters(tensors, read_weights(base or _base_weights(source)), str(source))
     else:
         tensors = fold_adapters(tensors, origin=str(source))
-    return write_weights(destination, tensors, max_shard_size=max_shard_size, force=force, progress=progress)
+    return write_weights(destination, tensors, max_shard_size=max_shard_size, about={"source": str(source)},
+                         force=force, progress=progress)

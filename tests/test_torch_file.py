@@ -1,5 +1,6 @@
 """PyTorch files without PyTorch: exact in both forms, and nothing but tensors gets out of them."""
 
+import json
 import os
 import pickle
 import shutil
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from golden_weights import assert_golden
 
+from glm3kit.conversion import convert_weights
 from glm3kit.errors import CheckpointError
 from glm3kit.tensors import cast
 from glm3kit.torch_file import read_torch
@@ -256,3 +258,58 @@ def test_no_torch_file_is_a_checkpoint_error(content, tmp_path):
     (tmp_path / "bad.bin").write_bytes(content)
     with pytest.raises(CheckpointError, match="bad.bin: not read, for it is no state_dict of PyTorch"):
         read_torch(tmp_path / "bad.bin")
+
+
+@pytest.fixture
+def bin_shards(hub, tmp_path) -> Path:
+    """The golden shards of PyTorch with their index and config.json, to be spoiled."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for file in [*hub.glob("pytorch_model*"), hub / "config.json"]:
+        shutil.copy(file, folder)
+    return folder
+
+
+def spoil_index(folder: Path, change) -> None:
+    path = folder / "pytorch_model.bin.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] = change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def refusal(source: Path, tmp_path: Path) -> str:
+    """What a conversion says, having written nothing."""
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CheckpointError) as caught:
+        convert_weights(source, tmp_path / "result" / "t.ckpt", progress=False)
+    assert sorted(tmp_path.rglob("*")) == before
+    return str(caught.value)
+
+
+def test_an_index_cannot_name_a_file_outside_its_folder(bin_shards, tmp_path):
+    spoil_index(bin_shards, lambda names: names | {"transformer.output_layer.weight": "../secret.bin"})
+    assert ("pytorch_model.bin.index.json: names a file outside its folder: ../secret.bin, for "
+            "'transformer.output_layer.weight'") in refusal(bin_shards, tmp_path)
+
+
+def test_an_index_that_leaves_a_shard_out_is_refused(bin_shards, tmp_path):
+    second = "pytorch_model-00002-of-00002.bin"
+    spoil_index(bin_shards, lambda names: {name: file for name, file in names.items() if file != second})
+    assert f"its files are numbered, and it leaves out {second}" in refusal(bin_shards, tmp_path)
+
+
+def test_a_shard_that_lacks_what_the_index_has_there_is_named(bin_shards, tmp_path):
+    spoil_index(bin_shards, lambda names: names | {EMBEDDING: "pytorch_model-00002-of-00002.bin"})
+    assert f"'{EMBEDDING}' is not in pytorch_model-00002-of-00002.bin, where the index" in refusal(bin_shards, tmp_path)
+
+
+def test_a_cut_shard_is_refused_before_anything_is_written(bin_shards, tmp_path):
+    shard = bin_shards / "pytorch_model-00002-of-00002.bin"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    assert "pytorch_model-00002-of-00002.bin: not read" in refusal(bin_shards, tmp_path)
+
+
+def test_a_trapped_shard_is_refused_before_anything_is_written(bin_shards, tmp_path):
+    (bin_shards / "pytorch_model-00002-of-00002.bin").write_bytes(pickle.dumps({EMBEDDING: Bomb("true")}, 2))
+    said = refusal(bin_shards, tmp_path)
+    assert "pytorch_model-00002-of-00002.bin: not read" in said and f"tensor '{EMBEDDING}': the global" in said
