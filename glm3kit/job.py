@@ -29,6 +29,7 @@ from glm3kit.files import atomic_write
 LIVE = ("starting", "running")  # the other states are final: succeeded, failed, stopped
 JOB_VARIABLE = "GLM3KIT_JOB"  # in the environment of every process that a job starts: the job's folder
 POLL_S = 0.5
+LINE_BYTES = 512  # of a line of a log, at most as a rule
 SILENT_S = 60  # without a touch of job.json by a supervisor on another machine, which touches it every 10 s
 STACKS_SIGNAL = signal.SIGUSR1  # makes a rank write to its log where each of its threads is
 
@@ -94,7 +95,7 @@ def last_lines(path: Path, count: int) -> str:
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 512 * count))
+            file.seek(max(0, size - LINE_BYTES * count))
             return "\n".join(file.read().decode("utf-8", errors="replace").splitlines()[-count:])
     except FileNotFoundError:
         return ""
@@ -201,10 +202,11 @@ class Job:
         path = self.folder / "log" / f"rank_{rank}.log"
         while not path.exists() and self.state()["state"] in LIVE:
             time.sleep(POLL_S)
-        yield self.log(rank, lines) + "\n"
+        self.log(rank)  # raises where there is none
         decode = codecs.getincrementaldecoder("utf-8")("replace").decode  # a character may be half written
         with path.open("rb") as file:
-            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.seek(0, os.SEEK_END) - LINE_BYTES * lines))
+            yield "".join(decode(file.read()).splitlines(keepends=True)[-lines:])
             ended = False
             while not ended:
                 ended = self.state()["state"] not in LIVE  # asked before the last look

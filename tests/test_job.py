@@ -165,6 +165,53 @@ def test_a_job_is_found_again_by_its_folder(start, tmp_path):
         Job.attach(tmp_path / "job").log(5)
 
 
+def test_a_log_is_followed_until_the_job_ends(start):
+    job = start("succeed")
+    text = "".join(job.follow(0))
+    assert text.count("rank 0 of 1") == 1
+    assert job.state()["state"] == "succeeded"
+    assert "".join(job.follow(0)).rstrip("\n") == job.log(0), "of a job that has ended, what is there"
+    with pytest.raises(JobError, match="rank_7.log: no such log"):
+        next(job.follow(7))
+
+
+def test_a_character_that_is_half_written_is_followed_whole(start):
+    job = start("sleep")
+    until(lambda: job.log(0) if (job.folder / "log/rank_0.log").exists() else False)
+    followed = job.follow(0)
+    next(followed)
+    letter = "衣".encode()
+    with (job.folder / "log/rank_0.log").open("ab") as log:
+        log.write(letter[:1])
+        log.flush()
+        assert next(followed) == ""
+        log.write(letter[1:])
+        log.flush()
+        assert next(followed) == "衣"
+
+
+def test_a_job_on_another_machine_is_believed_while_it_gives_signs_of_life(start):
+    job = start("succeed").wait(30)
+    state = json.loads((job.folder / "job.json").read_text())
+    (job.folder / "job.json").write_text(json.dumps(state | {"state": "running", "host": "another"}))
+    assert job.state()["state"] == "running"
+    with pytest.raises(JobError, match="the job runs on another; stop it there"):
+        job.stop()
+    long_ago = time.time() - 600
+    os.utime(job.folder / "job.json", (long_ago, long_ago))
+    assert job.state()["state"] == "failed"
+    assert "no sign of life from the job's machine another for 600 s" in job.state()["reason"]
+    (job.folder / "job.json").write_text(json.dumps(state))
+
+
+def test_a_running_supervisor_gives_signs_of_life(start):
+    job = start("sleep")
+    until(lambda: job.state()["state"] == "running")
+    long_ago = time.time() - 600
+    os.utime(job.folder / "job.json", (long_ago, long_ago))
+    until(lambda: (job.folder / "job.json").stat().st_mtime > long_ago + 1)
+
+
 def test_a_second_job_in_the_same_folder_is_refused_while_the_first_runs(start):
     start("sleep")
     for overwrite in (False, True):

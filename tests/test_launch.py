@@ -1,24 +1,24 @@
 """Launching: which devices a run gets, what its ranks inherit, what is refused before anything starts."""
 
+import json
 import os
+import shlex
+import subprocess
+import sys
+from threading import Timer
 
 import pytest
 
 from glm3kit.cluster import msrun_command, plan_run
 from glm3kit.config import RunConfig, load_config
 from glm3kit.errors import JobError, RankTableError
-from glm3kit.launch import choose_rank_table, launch, rank_environment, visible_devices
-from glm3kit.rank_table import Device, RankTable, Server, local_rank_table, merge_rank_tables
+from glm3kit.launch import choose_rank_table, launch, plan_launch, rank_environment, start_job, visible_devices
+from glm3kit.rank_table import Device, RankTable, Server, local_rank_table
 
 
 def make_config(folder, ranks=1, **more):
     parallel = {"data_parallel": ranks, "device_target": "CPU"} | more
     return RunConfig(name="job", output_dir=str(folder), parallel=parallel)
-
-
-def two_servers():
-    return merge_rank_tables([local_rank_table(1, "10.0.0.1"),
-                              RankTable((Server("10.0.0.2", (Device("0", "10.0.0.3", "0"),)),))])
 
 
 def test_too_few_devices_are_refused_with_both_numbers_and_nothing_is_written(tmp_path):
@@ -32,6 +32,71 @@ def test_a_table_still_initializing_starts_nothing(tmp_path):
     with pytest.raises(RankTableError, match="initializing"):
         launch(make_config(tmp_path / "output", 2), rank_table=tmp_path / "hccl.json", table_timeout_s=0)
     assert not (tmp_path / "output").exists()
+
+
+def group_form(count):
+    """What ModelArts leaves in a training job of one pod."""
+    devices = [{"device_id": str(n), "device_ip": f"192.1.0.{n}"} for n in range(count)]
+    instance = {"pod_name": "job-0", "server_id": "10.0.0.7", "devices": devices}
+    return json.dumps({"status": "completed", "group_list": [{"instance_list": [instance]}]})
+
+
+def test_a_launch_waits_for_the_table_that_a_platform_is_filling(tmp_path, monkeypatch, capsys):
+    table = tmp_path / "jobstart_hccl.json"
+    table.write_text('{"status": "initializing"}')
+    monkeypatch.setenv("RANK_TABLE_FILE", str(tmp_path))
+    monkeypatch.setattr("glm3kit.rank_table.POLL_S", 0.05)
+    filling = Timer(0.3, table.write_text, [group_form(2)])
+    filling.start()
+    start = plan_launch(make_config(tmp_path, 2, device_target="auto"))
+    assert [device.device_ip for device in start.table.devices] == ["192.1.0.0", "192.1.0.1"]
+    assert "initializing" in capsys.readouterr().out
+
+
+def test_a_process_that_a_platform_started_once_a_device_launches_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK_SIZE", "8")
+    monkeypatch.setenv("RANK_ID", "3")
+    with pytest.raises(JobError, match="RANK_SIZE=8 is set: a platform starts this once a device.*`glm3kit train`"):
+        launch(make_config(tmp_path))
+
+
+def two_servers():
+    return RankTable((Server("10.0.0.1", (Device("0", "192.1.0.1", "0"),)),
+                      Server("10.0.0.2", (Device("0", "192.1.0.2", "1"),))))
+
+
+def test_the_second_machine_has_a_folder_of_its_own_inside_of_the_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("glm3kit.cluster.own_addresses", lambda: {"127.0.0.1", "10.0.0.2"})
+    config = make_config(tmp_path, 2)
+    start = plan_launch(config, two_servers())
+    assert start.folder == tmp_path / "job/node_1"
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job/job.json").write_text("that of the first machine")
+    (tmp_path / "rank.py").write_text("import time; time.sleep(300)")
+    job = start_job(start, command=[str(tmp_path / "rank.py")])
+    try:
+        assert load_config(job.folder / "config.yaml").job_dir == config.job_dir, "metrics and checkpoints are shared"
+        assert (tmp_path / "job/job.json").read_text() == "that of the first machine"
+    finally:
+        job.stop()
+
+
+def test_the_report_and_the_shell_lines_say_what_would_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK_TABLE_FILE", "of another launcher")
+    start = plan_launch(make_config(tmp_path / "my folder", 2), local_rank_table(2), port=9321)
+    assert "devices: local rank table, 2 on 1 machine(s)" in start.report()
+    assert "ranks here: 0 on device 0, 1 on device 1" in start.report()
+    *settings, folder, command = start.shell().splitlines()
+    assert "unset RANK_TABLE_FILE" in settings
+    assert shlex.split(command) == msrun_command(start.plan, start.folder / "log", start.rank_command)
+    # a shell that runs these lines has the environment that the ranks get
+    show = f"{shlex.quote(sys.executable)} -c 'import json, os; print(json.dumps(dict(os.environ)))'"
+    script = "\n".join([*settings, show])
+    shell = json.loads(subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True).stdout)
+    expected = start.environment | {"GLM3KIT_JOB": str(start.folder)}
+    expected.pop("_", None)  # a shell's own: the program that it runs
+    assert {key: shell.get(key) for key in expected} == expected
+    assert not (tmp_path / "my folder").exists(), "nothing was started"
 
 
 def test_the_platforms_table_is_used_unless_the_run_is_for_the_cpu(tmp_path):
