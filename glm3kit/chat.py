@@ -103,6 +103,11 @@ class ChatSession:
         return self._busy.locked()
 
     @property
+    def stopped(self) -> bool:
+        """Whether `stop` has ended the last reply, or the one being generated will end so."""
+        return self._stop.is_set()
+
+    @property
     def progress(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The messages that stand, the one being answered included, and the parts of the reply so far."""
         with self._state:

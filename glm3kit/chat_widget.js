@@ -132,7 +132,8 @@ class Chat {
       { help: t.undoHelp, class: "glm3kit-folds" });
     this.clear = this.button("trash", t.clear, () => this.ask("clear"),
       { help: t.clearHelp, class: "glm3kit-folds" });
-    const language = this.button("", t.language, () => this.switchLanguage(), { help: t.languageName });
+    const language = this.button("", t.language, () => this.switchLanguage(),
+      { help: t.languageName, class: "glm3kit-language" });
     return h("div", { class: "glm3kit-bar", role: "toolbar", "aria-label": t.title },
       h("div", { class: "glm3kit-title" }, t.title), ...Object.values(this.tabs), h("span", { class: "glm3kit-space" }),
       this.undo, this.clear, language);

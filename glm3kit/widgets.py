@@ -171,12 +171,12 @@ class ChatWidget(anywidget.AnyWidget):
                 self.note = str(err)
 
     def _speak(self, deltas: Iterator[str]) -> None:
-        """Read a reply to its end in a thread; then run the tools that it calls, unless a person is asked first."""
+        """Read a reply to its end in a thread; then run the tools that it calls, unless a person says so first."""
         def speak() -> None:
             try:
                 for _ in deltas:
                     pass
-                if not self.session.ask_first:
+                if not (self.session.ask_first or self.session.stopped):
                     for _ in self.session.stream_tools():
                         pass
             except Exception as err:  # whatever a model may raise; the session has kept it, to be shown in the chat

@@ -273,6 +273,21 @@ def test_ask_first_shows_the_arguments_and_waits(tool_session):
     assert page(chat)[3:] == [("observation", "42"), ("assistant", "42。")] and chat.state["call"] is None
 
 
+def test_a_stop_also_keeps_the_tool_from_running(tool_session, say):
+    ids = say("```python\ntool_call(expression='6*7')\n```", "calculate")
+    tool_session.reply = Gate(ids)
+    chat = chat_widget(tool_session)
+    chat.do("send", text="多少？", role="user")
+    tool_session.reply.let(len(ids) - 2)
+    until(lambda: len(tool_session.last_reply_ids) == len(ids) - 2)
+    chat.do("stop")
+    tool_session.reply.let(1)
+    settle(chat)
+    assert [message["role"] for message in chat.messages] == ["system", "user", "assistant"]
+    assert chat.state["error"] is None, "nothing more was asked of the model"
+    assert chat.state["call"]["runs"], "a person may still run it"
+
+
 def test_a_tool_that_is_only_described_waits_for_an_observation(session, say):
     session = ChatSession(session.tokenizer, lambda ids: iter(say("```\ntool_call(city='北京')\n```", "weather")),
                           tools=[{"name": "weather", "description": "天气"}])
