@@ -170,20 +170,20 @@ class _Encoding:
             report["files"].append({"file": path.name, "encoding": ENCODINGS[encoding],
                                     "rows": report["rows_read"] - read})
 
-    def _count(self, kind: int, source: int, target: int, cut_answer: bool) -> None:
-        """Take one row into the report; source and target in tokens before cutting."""
-        report, lengths = self.report, self.lengths
-        report["rows_kept"] += 1
-        report["cut_answers"] += cut_answer
-        if kind == CONVERSATION:
-            report["conversations"] += 1
-            report["cut_conversations"] += source + target + 1 > self.seq_length
-            lengths["conversation"][source + target + 1] += 1
-        else:
-            report["adgen_rows"] += 1
-            report["cut_sources"] += source > self.data.max_source_length
-            lengths["source"][source] += 1
-            lengths["target"][target] += 1
+    def _count(self, origins: np.ndarray) -> None:
+        """Take rows into the report, all but what was cut from conversations' answers."""
+        report, lengths, data = self.report, self.lengths, self.data
+        adgen = origins[:, 2] == ADGEN
+        source, target = origins[adgen, 3:].T
+        whole = origins[~adgen, 3:].sum(1) + 1
+        for name, values in (("source", source), ("target", target), ("conversation", whole)):
+            lengths[name].update(values.tolist())
+        report["rows_kept"] += len(origins)
+        report["adgen_rows"] += len(source)
+        report["conversations"] += len(whole)
+        report["cut_sources"] += int((source > data.max_source_length).sum())
+        report["cut_answers"] += int((target > data.max_target_length).sum())
+        report["cut_conversations"] += int((whole > self.seq_length).sum())
 
     def _join_rows(self, rows: list[tuple[int, int, Any]], encoding: Future) -> EncodedRows:
         """Rows of a batch one after the other."""
@@ -192,16 +192,15 @@ class _Encoding:
         for file, line, row in rows:
             if isinstance(row, list):
                 source_ids, target_ids = next(texts), next(texts)
-                kind, source, target = ADGEN, opening + len(source_ids), len(target_ids)
                 row_ids, mask = self.join(source_ids, target_ids)
-                cut_answer = target > self.data.max_target_length
+                origins.append((file, line, ADGEN, opening + len(source_ids), len(target_ids)))
             else:
-                kind, ((row_ids, mask), source, target) = CONVERSATION, row
-                cut_answer = mask.count(1) < target
-            self._count(kind, source, target, cut_answer)
+                (row_ids, mask), source, target = row
+                self.report["cut_answers"] += mask.count(1) < target
+                origins.append((file, line, CONVERSATION, source, target))
             ids += row_ids
             masks.append(mask)
-            origins.append((file, line, kind, source, target))
+        self._count(np.array(origins))
         mask = np.frombuffer(b"".join(masks), np.uint8)
         self.report["tokens"] += len(mask)
         self.report["answer_tokens"] += int(mask.sum())

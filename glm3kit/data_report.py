@@ -25,6 +25,7 @@ WINDOWS = (64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1
            4096, 6144, 8192)  # tokens
 ACCEPTED_CUT = 0.01  # share of rows
 _SHOWN = 5  # examples of rows that repeat
+_WIDEST = 300  # letters of a list of lines
 
 
 def place(tokens: TokenFile, row: int) -> str:
@@ -161,7 +162,13 @@ def skip_table(files: Mapping[str, TokenFile]) -> Html:
     """Skipped rows by reason, with their lines."""
     if not any(tokens.report["skipped"] for tokens in files.values()):
         return Html("<p>No row was skipped.</p>", "No row was skipped.")
-    rows = [{"": name} | reason for name, tokens in files.items() for reason in count_reasons(tokens.report["skipped"])]
+    rows = []
+    for name, tokens in files.items():
+        for reason in count_reasons(tokens.report["skipped"]):
+            where = reason["where"]
+            if len(where) > _WIDEST:
+                where = f"{where[:_WIDEST]}..., all in {tokens.folder.name}/tokens.json"
+            rows.append({"": name} | reason | {"where": where})
     return table(rows, ["", "reason", "rows", "where"], caption="Skipped rows")
 
 

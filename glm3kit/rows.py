@@ -155,7 +155,10 @@ def _read_line(line: bytes, encoding: str) -> Any:
     try:
         return json.loads(line.decode(encoding))
     except UnicodeDecodeError as err:
-        fault = f"not {ENCODINGS[encoding]}: byte 0x{line[err.start]:02X}, column {err.start + 1} of"
+        other = "utf-8" if encoding == "gb18030" else "gb18030"
+        text = _decoded(line, other)
+        looks = f", it looks like {ENCODINGS[other]}" if text is not None and _is_chinese(text) else ""
+        fault = f"not {ENCODINGS[encoding]}{looks}: byte 0x{line[err.start]:02X}, column {err.start + 1} of"
     except json.JSONDecodeError as err:
         fault = f"not JSON: {err.msg}, column {err.colno} of"
     except (ValueError, RecursionError) as err:  # a number of too many digits; brackets nested too deep

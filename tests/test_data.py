@@ -323,6 +323,7 @@ def test_nothing_is_encoded_twice_until_something_changes(small, tmp_path):
     digests = {first.digest}
     shutil.copy(path, tmp_path / "moved.json")  # the same rows elsewhere are the same
     assert encode(tmp_path / "moved.json", small, tmp_path / "tokens").digest == first.digest
+    assert encode(path, small, tmp_path / "tokens", packing=True, bucket_lengths=(16,)).digest == first.digest  # drawn
     digests.add(encode(path, small, tmp_path / "tokens", 33).digest)
     digests.add(encode(path, small, tmp_path / "tokens", max_target_length=7).digest)
     digests.add(encode(path, small, tmp_path / "tokens", tools_indent=None).digest)

@@ -168,3 +168,14 @@ def test_the_command_prints_the_report_and_writes_the_page(tiny, capsys):
     assert "Rows and tokens" in told and "tiny/data_report.html" in told
     assert main([*call, "--skip-bad"]) == 0
     assert json.loads(capsys.readouterr().out)["train"]["rows_skipped"] == 3
+
+
+def test_a_long_list_of_skipped_lines_is_cut_with_the_place_of_all_of_them(tiny, tmp_path):
+    good = json.dumps({"content": "类型#裙", "summary": "好看"}, ensure_ascii=False)
+    (tmp_path / "many.json").write_text("\n".join([good, *["no json"] * 500]), encoding="utf-8")
+    config = load_config(CONFIG, [f"data.train_path={tmp_path / 'many.json'}", "data.eval_path=[]",
+                                  "data.skip_bad=true", f"output_dir={tmp_path}"])
+    tokens = prepare_data(config, progress=False)["train"]
+    told = skip_table({"train": tokens}).text
+    assert "not JSON   500  many.json:2,3,4" in told and f"..., all in {tokens.folder.name}/tokens.json" in told
+    assert len(tokens.report["skipped"]) == 500

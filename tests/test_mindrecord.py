@@ -8,6 +8,7 @@ from mindspore.dataset import MindDataset
 
 import glm3kit.mindrecord
 from glm3kit import tiny
+from glm3kit.__main__ import main
 from glm3kit.config import load_config
 from glm3kit.data import prepare_data
 from glm3kit.mindrecord import write_mindrecord
@@ -52,3 +53,11 @@ def test_a_failure_leaves_nothing_half_written(tokens, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         write_mindrecord(tokens, tmp_path / "eval-d/eval.mindrecord", 192)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_writes_it_beside_the_token_file(tokens, tmp_path, capsys):
+    call = ["data", str(CONFIG), f"output_dir={tmp_path}", f"data.train_path={tiny.DEV}", "data.eval_path=[]"]
+    assert main([*call, "--format", "mindrecord"]) == 0
+    (path,) = tmp_path.glob("mindrecord/train-*/train.mindrecord")
+    assert f"{path}: 256 rows of 192 tokens" in capsys.readouterr().err
+    assert MindDataset(str(path)).get_dataset_size() == len(tokens)

@@ -58,7 +58,10 @@ def test_a_few_broken_lines_do_not_change_what_a_file_is(tmp_path):
     rows[1] = rows[1].replace("风".encode(), "风".encode()[:2])  # a byte is lost
     (tmp_path / "rows.json").write_bytes(b"\n".join([*rows, json.dumps(ROW, ensure_ascii=False).encode("gbk")]))
     assert list(read_rows([tmp_path / "rows.json"], DataConfig(skip_bad=True))) == [ROW, ROW]
-    with pytest.raises(DataError, match=r"rows\.json:2: not UTF-8"):
+    with pytest.raises(DataError, match=r"rows\.json:2: not UTF-8: byte"):
+        list(read_rows([tmp_path / "rows.json"], DataConfig()))
+    (tmp_path / "rows.json").write_bytes(b"\n".join([rows[0], rows[2].decode().encode("gbk")]))
+    with pytest.raises(DataError, match=r"rows\.json:2: not UTF-8, it looks like GBK: byte"):
         list(read_rows([tmp_path / "rows.json"], DataConfig()))
 
 
