@@ -38,6 +38,35 @@ def rotation_matrix(kv_channels: int) -> np.ndarray:
     return matrix
 
 
+class MaskedAttention(nn.Cell):
+    """softmax(q k^T + mask) v, softmax in float32 as the reference -> (result, probabilities).
+
+    q: (B, G, H/G * T, d), scaled, the heads of a group one after the other; k, v: (B, G, S, d);
+    mask: (B or 1, 1, 1, T, S), added.
+    The gradient is written out: sum(dP * P) over S is sum(dout * out) over d, which is shorter
+    (https://arxiv.org/abs/2205.14135, appendix B.2).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.product, self.product_nt = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
+        self.product_tn = ops.BatchMatMul(transpose_a=True)
+        self.softmax, self.sum = ops.Softmax(), ops.ReduceSum(keep_dims=True)
+
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        B, G, R, _ = q.shape
+        T, S = mask.shape[-2:]
+        scores = self.product_nt(q, k).astype(ms.float32).reshape(B, G, R // T, T, S) + mask
+        probs = self.softmax(scores).astype(q.dtype).reshape(B, G, R, S)
+        return self.product(probs, v), probs
+
+    def bprop(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, out: tuple, dout: tuple) -> tuple:
+        probs, dy = out[1], dout[0]
+        rows = self.sum((dy * out[0]).astype(ms.float32), 3)  # (B, G, H/G * T, 1)
+        dscores = (probs * (self.product_nt(dy, v).astype(ms.float32) - rows)).astype(q.dtype)
+        return self.product(dscores, k), self.product_tn(dscores, q), self.product_tn(probs, dy), mask
+
+
 class SelfAttention(nn.Cell):
     """Causal attention: H query heads share G key/value groups; query head h uses group h // (H/G).
 
@@ -55,9 +84,7 @@ class SelfAttention(nn.Cell):
         self.dense = Linear(self.heads * self.size, cfg.hidden_size, cfg, topology, 1, scale=depth_scale)
         self.rotation = Tensor(rotation_matrix(self.size), getattr(ms, cfg.compute_dtype))
         self.scale = 1 / sqrt(self.size)
-        self.scores = ops.BatchMatMul(transpose_b=True)
-        self.values = ops.BatchMatMul()
-        self.softmax = ops.Softmax()
+        self.attend = MaskedAttention()
         self.write = ops.ScatterUpdate()
 
     def construct(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: tuple | None = None,
@@ -74,9 +101,6 @@ class SelfAttention(nn.Cell):
         if cache is not None:
             k = self.write(cache[0], slots, k.reshape(-1, d)).reshape(B, G, -1, d)  # (B, G, S, d)
             v = self.write(cache[1], slots, v.reshape(-1, d)).reshape(B, G, -1, d)
-        scores = self.scores(q * self.scale, k).astype(ms.float32)  # softmax in float32, as the reference
-        scores = scores.reshape(B, G, H // G, T, -1) + mask  # mask: (B or 1, 1, 1, T, S)
-        probs = self.softmax(scores).astype(x.dtype).reshape(B, G, H // G * T, -1)
-        y = self.values(probs, v)  # (B, G, H/G * T, d)
+        y, _ = self.attend(q * self.scale, k, v, mask)  # (B, G, H/G * T, d)
         y = y.reshape(B, G, H // G, T, d).transpose(0, 3, 1, 2, 4).reshape(B * T, H * d)
         return self.dense(y).reshape(B, T, C)

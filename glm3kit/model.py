@@ -99,16 +99,17 @@ class CrossEntropySum(nn.Cell):
     """Sum of -log softmax(logits)[label] over the rows whose label counts.
 
     logits (N, V) float32, this rank's slice of the vocabulary; labels (N,) int32 of the whole
-    -> (scalar, log-sum-exp of the whole vocabulary (N,)). The gradient is written out, softmax - one-hot, so that
-    neither softmax nor logarithms are kept in memory.
+    -> (scalar, softmax over the slice (N, V), its share of the whole vocabulary's (N, 1)). The gradient is written out,
+    softmax - one-hot; the softmax takes the place of the logits in memory.
     """
 
     def __init__(self, topology: Topology):
         super().__init__()
         self.rank, self.whole = topology.tensor_rank, topology.tensor_parallel == 1
         self.gather, self.sum = GatherSlices(topology), SumOfSlices(topology)
+        self.softmax, self.highest = ops.Softmax(), ops.ArgMaxWithValue(1, keep_dims=True)
         # Operators as attributes: calls of mindspore.ops functions do not compile inside a bprop.
-        self.clip, self.one_hot, self.pick, self.exp = ops.ReLU(), ops.OneHot(), ops.GatherD(), ops.Exp()
+        self.clip, self.one_hot, self.pick = ops.ReLU(), ops.OneHot(), ops.GatherD()
         self.on, self.off = Tensor(1, ms.float32), Tensor(0, ms.float32)
 
     def local(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,20 +118,24 @@ class CrossEntropySum(nn.Cell):
         ours = (labels >= 0).astype(ms.float32) * (labels < logits.shape[1]).astype(ms.float32)
         return (self.clip(labels).astype(ms.float32) * ours).astype(ms.int32), ours
 
-    def construct(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        total = self.gather(ops.logsumexp(logits, 1, True))  # (N, ranks)
-        total = total.reshape(-1) if self.whole else ops.logsumexp(total, 1)
+    def construct(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        probs = self.softmax(logits)
+        place, highest = self.highest(logits)
+        # log sum exp, from the softmax of the highest logit: that is at least 1 / V, so its logarithm is exact enough
+        slice_total = highest - ops.log(self.pick(probs, 1, place))  # (N, 1)
+        total = slice_total if self.whole else ops.logsumexp(self.gather(slice_total), 1, True)
         columns, ours = self.local(logits, labels)
         picked = self.sum(self.pick(logits, 1, columns.reshape(-1, 1)).reshape(-1) * ours)
-        return ((total - picked) * (labels != IGNORE_INDEX).astype(ms.float32)).sum(), total
+        losses = (total.reshape(-1) - picked) * (labels != IGNORE_INDEX).astype(ms.float32)
+        return losses.sum(), probs, ops.exp(slice_total - total)
 
     def bprop(self, logits: Tensor, labels: Tensor, out: tuple, dout: tuple) -> tuple[Tensor, Tensor]:
         counted = (labels != IGNORE_INDEX).astype(ms.float32) * dout[0]
         columns, ours = self.local(logits, labels)
         expected = self.one_hot(columns, logits.shape[1], self.on, self.off)
-        if not self.whole:
-            expected = expected * ours.reshape(-1, 1)
-        return (self.exp(logits - out[1].reshape(-1, 1)) - expected) * counted.reshape(-1, 1), labels
+        if self.whole:
+            return (out[1] - expected) * counted.reshape(-1, 1), labels
+        return (out[1] * out[2] - expected * ours.reshape(-1, 1)) * counted.reshape(-1, 1), labels
 
 
 class ChatGLM3(nn.Cell):
