@@ -11,7 +11,7 @@ from mindspore import Tensor, nn, ops
 
 from glm3kit.config import ModelConfig
 from glm3kit.layers import Linear
-from glm3kit.parallel import Topology
+from glm3kit.parallel import Topology, on_ascend
 
 MASKED = -65504.0  # added to a score that must not count: the lowest float16
 
@@ -67,6 +67,18 @@ class MaskedAttention(nn.Cell):
         return self.product(dscores, k), self.product_tn(dscores, q), self.product_tn(probs, dy), mask
 
 
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """The same by Ascend's fused operator, which keeps no (T, S) matrix.
+
+    q: (B, H, T, d), k and v: (B, G, T, d), float16 or bfloat16; mask: as above -> (B, H, T, d).
+    """
+    B, _, _, T, _ = mask.shape
+    # True: does not count. A token of padding sees itself, as the operator leaves open what it makes of nothing.
+    hidden = ops.logical_and(mask < 0, ops.logical_not(ops.eye(T, T, ms.bool_)))
+    hidden = hidden.reshape((T, T) if B == 1 else (B, 1, T, T))
+    return ops.flash_attention_score(q, k, v, q.shape[1], attn_mask=hidden, scalar_value=scale, input_layout="BNSD")
+
+
 class SelfAttention(nn.Cell):
     """Causal attention: H query heads share G key/value groups; query head h uses group h // (H/G).
 
@@ -84,6 +96,7 @@ class SelfAttention(nn.Cell):
         self.dense = Linear(self.heads * self.size, cfg.hidden_size, cfg, topology, 1, scale=depth_scale)
         self.rotation = Tensor(rotation_matrix(self.size), getattr(ms, cfg.compute_dtype))
         self.scale = 1 / sqrt(self.size)
+        self.flash = cfg.use_flash_attention and on_ascend()
         self.attend = MaskedAttention()
         self.write = ops.ScatterUpdate()
 
@@ -96,11 +109,14 @@ class SelfAttention(nn.Cell):
         turned = ops.matmul(qk.reshape(-1, d), self.rotation).reshape(B, T, H + G, d)
         qk = qk * cos + turned * sin  # cos and sin: (B or 1, T, 1, d)
         q, k = ops.split(qk, [H, G], 2)
-        q = q.reshape(B, T, G, H // G, d).transpose(0, 2, 3, 1, 4).reshape(B, G, H // G * T, d)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # (B, G, T, d)
+        if self.flash and cache is None:
+            y = flash_attention(q.transpose(0, 2, 1, 3), k, v, mask, self.scale).transpose(0, 2, 1, 3)  # (B, T, H, d)
+            return self.dense(y.reshape(B * T, H * d)).reshape(B, T, C)
         if cache is not None:
             k = self.write(cache[0], slots, k.reshape(-1, d)).reshape(B, G, -1, d)  # (B, G, S, d)
             v = self.write(cache[1], slots, v.reshape(-1, d)).reshape(B, G, -1, d)
+        q = q.reshape(B, T, G, H // G, d).transpose(0, 2, 3, 1, 4).reshape(B, G, H // G * T, d)
         y, _ = self.attend(q * self.scale, k, v, mask)  # (B, G, H/G * T, d)
         y = y.reshape(B, G, H // G, T, d).transpose(0, 3, 1, 2, 4).reshape(B * T, H * d)
         return self.dense(y).reshape(B, T, C)

@@ -62,6 +62,7 @@ class ModelConfig(Part):
     seq_length: Count = 2048  # tokens of the window
     param_dtype: Dtype = "float16"
     compute_dtype: Dtype = "float16"
+    use_flash_attention: bool = False  # on Ascend, in float16 or bfloat16; a CPU computes the same without
     checkpoint_name_or_path: str | None = None  # a weights file or folder
     adapters_path: str | None = None  # LoRA adapters to fold into those weights: a file, a checkpoint or a job
     tokenizer_path: str | None = None
@@ -71,6 +72,9 @@ class ModelConfig(Part):
         if self.num_attention_heads % self.multi_query_group_num:
             raise ValueError(f"num_attention_heads {self.num_attention_heads} is no multiple of "
                              f"multi_query_group_num {self.multi_query_group_num}")
+        if self.use_flash_attention and self.compute_dtype == "float32":
+            raise ValueError("use_flash_attention is true, but compute_dtype is float32; the operator takes float16 "
+                             "and bfloat16")
         if self.kv_channels % 4:
             raise ValueError(f"kv_channels {self.kv_channels} is no multiple of 4: half a head is rotated, in pairs")
         return self
@@ -104,7 +108,8 @@ class ModelConfig(Part):
 
     def to_hf(self) -> dict[str, Any]:
         """The content of the published config.json for these sizes; `from_hf` reads it back, the official code too."""
-        own = self.model_dump(exclude={"param_dtype", "compute_dtype", "checkpoint_name_or_path", "adapters_path",
+        own = self.model_dump(exclude={"param_dtype", "compute_dtype", "use_flash_attention",
+                                       "checkpoint_name_or_path", "adapters_path",
                                        "tokenizer_path"})
         return {"architectures": ["ChatGLMModel"], "model_type": "chatglm", "torch_dtype": self.param_dtype,
                 **own, **ARCHITECTURE, "hidden_dropout": 0.0, "attention_dropout": 0.0, "bias_dropout_fusion": True,
@@ -174,11 +179,13 @@ class TrainConfig(Part):
     weight_decay: float = Field(0.1, ge=0)  # not on biases and norms
     max_grad_norm: float | None = Field(1.0, gt=0)  # null: no clipping
     loss_scale: float | Literal["dynamic"] | None = None  # "dynamic": 65536, factor 2, window 1000
+    recompute: bool = False  # each layer's forward pass again in the backward pass: less memory, more time
     lora: LoraConfig | None = None  # train adapters alone; null: all weights
     seed: int = Field(0, ge=0)
     save_steps: Count | None = None  # default: at the end only
     keep_checkpoints: Count = 1
     log_steps: Count = 1
+    eval_steps: Count | None = None  # measure the loss on data.eval_path every so many steps; default: never
     hang_timeout_s: float | None = Field(1800.0, gt=0)  # no step for so long ends the job; null: wait for ever
 
 
@@ -189,6 +196,7 @@ class ParallelConfig(Part):
     tensor_parallel: Count = 1  # share each matrix
     shard_optimizer: bool = True  # ranks that see different rows share optimizer state and gradients
     device_target: Literal["auto", "CPU", "Ascend"] = "auto"
+    peak_tflops: float | None = Field(None, gt=0)  # of a device, in compute_dtype: for model FLOP utilisation
 
     @property
     def ranks(self) -> int:
@@ -236,6 +244,13 @@ class RunConfig(Part):
             rule = f"max_seq_length is {derived}" if data.max_seq_length else data.row_rule
             raise ValueError(f"model.seq_length is {self.model.seq_length}, but in data {rule}; "
                              "leave model.seq_length out (it is derived), or change the lengths in data")
+        return self
+
+    @model_validator(mode="after")
+    def _check_evaluation(self) -> "RunConfig":
+        if self.train.eval_steps and not self.data.eval_path:
+            raise ValueError("train.eval_steps is set, but data.eval_path names no held-out rows; give some, or leave "
+                             "eval_steps out")
         return self
 
     @model_validator(mode="after")

@@ -1,8 +1,10 @@
 """What a training run measured: writing and reading metrics.jsonl, reading the logs of MindFormers.
 
-metrics.jsonl has one JSON object a line. A step has step, loss, learning_rate, step_time_ms, overflow, loss_scale,
-grad_norm, epoch, tokens_per_second where they are known; an evaluation has step and eval_loss. The log lines are those
-of MindFormers 0.6 to 2.0 (mindformers/core/callback/callback.py), told apart by their own words.
+metrics.jsonl has one JSON object a line. A step has step, loss, learning_rate, step_time_ms (of which data_time_ms went
+by waiting for rows, compute_time_ms in the graphs, communication included), overflow, loss_scale, grad_norm, epoch,
+tokens_per_second (of all devices) and tokens_per_second_per_device, memory_gb, and model_flop_utilisation where the
+device's peak is given; an evaluation has step and eval_loss. The log lines are those of MindFormers 0.6 to 2.0
+(mindformers/core/callback/callback.py), told apart by their own words.
 
     records = read_metrics("output/tiny"); [record["loss"] for record in records if "loss" in record]
 """
@@ -15,11 +17,14 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from glm3kit.errors import DataError
+
+if TYPE_CHECKING:
+    from glm3kit.config import ModelConfig
 
 METRICS_FILE = "metrics.jsonl"
 NUMBER = r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|nan|inf)"
@@ -33,6 +38,18 @@ FIELDS = {
     "grad_norm": re.compile(rf"\b(?:global_norm|grad_norm):?\s*(?:\[\s*({NUMBER})\s*\]|({NUMBER}))"),
 }
 OVERFLOW = re.compile(r"\boverflow cond:\s*(True|False)")
+
+
+def flops_per_token(model: "ModelConfig", seq_length: int, lora: bool = False) -> float:
+    """Floating-point operations that training needs a token: 6 a weight and 12 a layer, head dimension and position.
+
+    As PaLM counts them (https://arxiv.org/abs/2204.02311, appendix B): no embedding look-up, recomputation not counted.
+    lora: the gradients of the frozen weights, a third of the first, are not needed.
+    """
+    heads, keys = (n * model.kv_channels for n in (model.num_attention_heads, model.multi_query_group_num))
+    layer = model.hidden_size * (2 * heads + 2 * keys + 3 * model.ffn_hidden_size)
+    weights = model.num_layers * layer + model.hidden_size * model.padded_vocab_size
+    return (4 if lora else 6) * weights + 12 * model.num_layers * heads * seq_length
 
 
 def format_step_line(record: Mapping[str, Any], epochs: int, steps_per_epoch: int) -> str:

@@ -17,9 +17,10 @@ from mindspore import Tensor, nn, ops
 
 from glm3kit.attention import MASKED, SelfAttention, rotary_tables
 from glm3kit.config import ModelConfig
+from glm3kit.errors import ConfigError
 from glm3kit.layers import MLP, Embedding, Linear, RMSNorm, undrawn_weights
 from glm3kit.layout import Slicing
-from glm3kit.parallel import ALONE, GatherSlices, SumOfSlices, Topology
+from glm3kit.parallel import ALONE, GatherSlices, SumOfSlices, Topology, on_ascend
 
 if TYPE_CHECKING:  # it imports this module
     from glm3kit.generate import Conversation
@@ -143,11 +144,14 @@ class ChatGLM3(nn.Cell):
 
     cfg: sizes and types. topology: this process's place where several share the model.
     Parameters start random (normal, 0.02); `load_weights` fills them.
-    Raises ValueError if T exceeds cfg.seq_length.
+    Raises ValueError if T exceeds cfg.seq_length, ConfigError for a computing type that the device has not.
     """
 
     def __init__(self, cfg: ModelConfig, topology: Topology = ALONE):
         super().__init__()
+        if cfg.compute_dtype == "bfloat16" and not on_ascend():
+            raise ConfigError("model.compute_dtype is bfloat16, in which MindSpore multiplies no matrices on a CPU; "
+                              "set model.compute_dtype=float32 (weights may stay bfloat16)")
         self.cfg, self.topology = cfg, topology
         self.transformer = Transformer(cfg, topology)
         cos, sin = rotary_tables(cfg.seq_length, cfg.kv_channels)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
+import psutil
 from mindspore import Tensor, nn, ops
 from mindspore.communication import GlobalComm, create_group, get_group_size, get_rank, init
 
@@ -107,6 +108,11 @@ def barrier(topology: Topology) -> None:
 def on_ascend() -> bool:
     """Whether this process computes on Ascend, where all collectives exist."""
     return ms.get_context("device_target") == "Ascend"
+
+
+def memory_in_use() -> int:
+    """Bytes: the most that the device has held so far, on a CPU what the process holds now."""
+    return ms.runtime.max_memory_allocated() if on_ascend() else psutil.Process().memory_info().rss
 
 
 # ---- shards of optimizer state, over the ranks of data parallelism ----

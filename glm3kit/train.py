@@ -21,13 +21,14 @@ from glm3kit.config import RunConfig, TrainConfig
 from glm3kit.data import Batches, prepare_data
 from glm3kit.errors import CheckpointError, DataError, JobError
 from glm3kit.heartbeat import Heartbeat
+from glm3kit.held_out import HeldOutLoss
 from glm3kit.job import JOB_VARIABLE
 from glm3kit.layers import undrawn_weights
 from glm3kit.lora import add_adapters
-from glm3kit.metrics import MetricsWriter, format_step_line
+from glm3kit.metrics import MetricsWriter, flops_per_token, format_step_line
 from glm3kit.model import ChatGLM3
 from glm3kit.optimizer import AdamW, LossScale, bias_corrected, learning_rate
-from glm3kit.parallel import ALONE, Topology, barrier, start_processes
+from glm3kit.parallel import ALONE, Topology, barrier, memory_in_use, start_processes
 from glm3kit.step import Accumulate, Gradients, Step, Totals, Update
 from glm3kit.strategy import write_strategy
 from glm3kit.weights import fill_parameters, load_weights, random_weights
@@ -41,9 +42,14 @@ class Trainer:
     def __init__(self, net: ChatGLM3, config: TrainConfig, total_steps: int, topology: Topology = ALONE):
         if config.lora:
             add_adapters(net, config.lora, config.seed)
+        if config.recompute:
+            for layer in net.transformer.encoder.layers:
+                layer.recompute()
         self.net = net.set_train()
         self.config, self.total_steps, self.step = config, total_steps, 0
         self.scale = LossScale(config.loss_scale)
+        # Losses are summed; about this share of the sum is the mean that a loss scale is meant for.
+        self.share = 1 / (config.batch_size * net.cfg.seq_length)
         gradients, totals = Gradients(net, topology), Totals(net, topology)
         self.optimizer = AdamW(net, config, topology)
         # One graph where nothing can keep the update from happening; else the host decides between two.
@@ -71,12 +77,12 @@ class Trainer:
     def advance(self, batches: list[Batch]) -> dict:
         """One step over gradient_accumulation_steps micro-batches -> its record.
 
-        An overflow leaves the weights as they are where the loss is scaled; without scaling it raises JobError.
+        An overflow leaves the weights as they are where the loss scale can be lowered; else it raises JobError.
         """
         started = time.perf_counter()
         rate = learning_rate(self.step, self.total_steps, self.config)
         scalars = [Tensor(x, ms.float32) for x in bias_corrected(self.step + 1, rate, self.config)]
-        scale = Tensor(self.scale.value, ms.float32)
+        scale = Tensor(self.scale.value * self.share, ms.float32)
         if self.fused:
             input_ids, labels, *segment_ids = map(Tensor, batches[0])
             totals = self.whole_step(input_ids, labels, scale, *scalars, *segment_ids).asnumpy()
@@ -87,15 +93,16 @@ class Trainer:
             totals = sums.asnumpy()
         loss, norm, count = (float(x) for x in totals)
         overflow = not math.isfinite(norm)
-        if overflow and not self.scale.dynamic:
-            raise JobError(f"step {self.step + 1}: loss {loss}, gradient norm {norm}; expected finite numbers. Try a "
-                           "lower learning_rate, loss_scale: dynamic for float16, and on Ascend the environment "
-                           "variable MS_ASCEND_CHECK_OVERFLOW_MODE=INFNAN_MODE")
+        if overflow and not self.scale.can_fall:
+            raise JobError(f"step {self.step + 1}: loss {loss}, gradient norm {norm}, loss scale {self.scale.value:g}; "
+                           "expected finite numbers. On Ascend set the environment variable "
+                           "MS_ASCEND_CHECK_OVERFLOW_MODE=INFNAN_MODE and start again; else try a lower learning_rate, "
+                           "loss_scale: dynamic for float16, or bfloat16")
         if not self.fused and not overflow:
             self.update(sums, scale, *scalars).asnumpy()
         record = {"step": self.step + 1, "loss": loss, "learning_rate": rate, "grad_norm": norm, "overflow": overflow,
                   "loss_scale": self.scale.value, "tokens": int(sum(batch[0].size for batch in batches)),
-                  "loss_tokens": int(count), "step_time_ms": (time.perf_counter() - started) * 1000}
+                  "loss_tokens": int(count), "compute_time_ms": (time.perf_counter() - started) * 1000}
         self.scale.update(overflow)
         self.step += 1
         self.net.forget_prompts()  # what conversations have cached is of the weights before
@@ -110,11 +117,14 @@ def run_steps(trainer: Trainer, batches: Iterable[Batch],
     """
     history, source, size = [], iter(batches), trainer.config.gradient_accumulation_steps
     while trainer.step < trainer.total_steps:
+        started = time.perf_counter()
         micro_batches = list(islice(source, size))
         if len(micro_batches) < size:
             raise DataError(f"the batches ended after step {trainer.step} of {trainer.total_steps}; "
                             "lower total_steps or give more rows")
+        data_time_ms = (time.perf_counter() - started) * 1000
         record = trainer.advance(micro_batches)
+        record |= {"data_time_ms": data_time_ms, "step_time_ms": (time.perf_counter() - started) * 1000}
         history.append(record)
         if on_step:
             on_step(record, trainer)
@@ -151,7 +161,8 @@ def run_rank(config: RunConfig, resume: bool = False) -> list[dict]:
     if topology.rank == 0:
         prepare_data(config)  # the others then find the token file ready
     barrier(topology)
-    tokens = prepare_data(config, progress=False)["train"]
+    token_files = prepare_data(config, progress=False)
+    tokens = token_files["train"]
     rows = dict(batch_size=train.batch_size, seq_length=config.model.seq_length, seed=train.seed,
                 bucket_lengths=config.data.bucket_lengths, packing=config.data.packing,
                 rank=topology.data_rank, ranks=topology.data_parallel)
@@ -177,16 +188,32 @@ def run_rank(config: RunConfig, resume: bool = False) -> list[dict]:
         write_strategy(job_dir / "strategy" / STRATEGY, weight_layouts(net, topology))
     heartbeat = Heartbeat(os.environ.get(JOB_VARIABLE, job_dir), topology.rank)
     metrics = MetricsWriter(job_dir / "metrics.jsonl") if topology.rank == 0 else None
+    flops = flops_per_token(config.model, config.model.seq_length, bool(train.lora))
+    held_out = None
+    if train.eval_steps:
+        held_out = Batches(token_files["eval"], **rows | {"packing": False}, shuffle=False, drop_last=False)
+        held_out_loss = HeldOutLoss(net, topology)
 
     def on_step(record: dict, trainer: Trainer) -> None:
         step = record["step"]
         record["total_steps"] = total_steps
         record["epoch"] = 1 + (step * micro_steps - 1) // epoch.steps_per_epoch
-        record["tokens_per_second"] = record["tokens"] / record["step_time_ms"] * 1000 * topology.data_parallel
+        tokens_per_second = record["tokens"] / record["step_time_ms"] * 1000 * topology.data_parallel
+        record["tokens_per_second"] = tokens_per_second
+        record["tokens_per_second_per_device"] = tokens_per_second / topology.ranks
+        record["memory_gb"] = memory_in_use() / 1e9
+        if config.parallel.peak_tflops:
+            record["model_flop_utilisation"] = (
+                tokens_per_second / topology.ranks * flops / (config.parallel.peak_tflops * 1e12))
         if metrics:
             metrics.write(record)
         if step % train.log_steps == 0 or step == total_steps:
             print(format_step_line(record, epochs, epoch.steps_per_epoch // micro_steps), flush=True)
+        if held_out and (step % train.eval_steps == 0 or step == total_steps):
+            loss = held_out_loss.mean(heartbeat.drawing(held_out))
+            if metrics:
+                metrics.write({"step": step, "eval_loss": loss})
+            print(f"held-out loss after step {step}: {loss:.4f}", flush=True)
         if step == total_steps or (train.save_steps and step % train.save_steps == 0):
             save_checkpoint(job_dir, net, trainer, topology, train.keep_checkpoints, data)
         heartbeat.mark()

@@ -37,7 +37,7 @@ def test_training_has_the_published_values(name):
     assert (train.batch_size, train.epochs, train.save_steps, train.keep_checkpoints) == (
         batch_size, epochs, save_steps, keep)
     assert (train.learning_rate, train.end_learning_rate, train.warmup_steps) == (learning_rate, 1e-6, 0)
-    assert (train.eps, train.loss_scale) == (1e-8, "dynamic")
+    assert (train.eps, train.loss_scale, train.recompute) == (1e-8, "dynamic", True)
     assert config.parallel.data_parallel == 8
 
 
@@ -62,3 +62,10 @@ def test_paths_stand_beside_the_configurations(path):
     paths = [config.output_dir, config.model.tokenizer_path, config.model.checkpoint_name_or_path,
              *config.data.train_path, *config.data.eval_path]
     assert all(Path(path).is_relative_to(repository) for path in paths if path)
+
+
+def test_lora_has_the_published_values_of_glm2():
+    config = load_config(CONFIGS / "run_glm3_6b_lora_800T_A2_64G.yaml")
+    lora = config.train.lora
+    assert (lora.rank, lora.alpha, lora.dropout, lora.targets) == (8, 32, 0.1, ("query_key_value",))
+    assert config.model == load_config(CONFIGS / "run_glm3_6b_finetune_800T_A2_64G.yaml").model

@@ -8,8 +8,9 @@ import subprocess
 import numpy as np
 import pytest
 
+from glm3kit.config import ModelConfig
 from glm3kit.errors import DataError
-from glm3kit.metrics import MetricsWriter, format_step_line, read_metrics
+from glm3kit.metrics import MetricsWriter, flops_per_token, format_step_line, read_metrics
 
 FULL = "full_v1.1_llama3_lora_worker_0.log.gz"
 
@@ -193,3 +194,12 @@ def test_numpy_numbers_are_written_and_none_is_left_out(tmp_path):
     path = written(tmp_path / "metrics.jsonl", [{"step": np.int64(1), "loss": np.array(2.5), "loss_scale": None,
                                                  "overflow": np.bool_(True)}])
     assert read_metrics(path) == [{"step": 1, "loss": 2.5, "overflow": True}]
+
+
+def test_operations_are_six_a_weight_and_token_and_four_with_frozen_weights():
+    sizes = ModelConfig(num_layers=2, hidden_size=8, ffn_hidden_size=12, kv_channels=4, num_attention_heads=4,
+                        multi_query_group_num=2, padded_vocab_size=100)
+    weights = 2 * (8 * (16 + 8 + 8) + 16 * 8 + 8 * 24 + 12 * 8) + 8 * 100  # qkv, dense, gate and up, down; output layer
+    attention = 12 * 2 * 4 * 4 * 10
+    assert flops_per_token(sizes, 10) == 6 * weights + attention
+    assert flops_per_token(sizes, 10, lora=True) == 4 * weights + attention

@@ -162,3 +162,35 @@ def test_from_config_loads_the_weights_that_the_configuration_names(golden, refe
     net = AutoModel.from_config(ModelConfig.from_hf(hub / "config.json", checkpoint_name_or_path=str(hub), **FLOAT32))
     logits = net(Tensor(reference["forward.input_ids"])).asnumpy()
     np.testing.assert_allclose(logits, reference["forward.logits"], rtol=0, atol=2e-4)
+
+
+def test_flash_attention_gets_ascends_layout_and_gives_the_same_logits(golden, reference, monkeypatch):
+    """A stand-in for ops.flash_attention_score, held to its documentation: half precision, BNSD, True hides."""
+    calls = []
+
+    def stand_in(query, key, value, head_num, attn_mask, scalar_value, input_layout):
+        B, H, T, d = query.shape
+        G, S = key.shape[1:3]
+        assert input_layout == "BNSD" and head_num == H and value.shape == key.shape == (B, G, S, d) and H % G == 0
+        assert query.dtype == key.dtype == value.dtype == ms.float16 and attn_mask.dtype == ms.bool_
+        assert attn_mask.shape in ((T, S), (B, 1, T, S))
+        calls.append(attn_mask.shape)
+        key, value = (x.asnumpy().astype(np.float32).repeat(H // G, axis=1) for x in (key, value))
+        scores = query.asnumpy().astype(np.float32) @ key.swapaxes(2, 3) * scalar_value
+        scores = np.where(attn_mask.asnumpy(), -np.inf, scores)
+        probs = np.exp(scores - scores.max(-1, keepdims=True))
+        return Tensor((probs / probs.sum(-1, keepdims=True) @ value).astype(np.float16))
+
+    hub = golden / "tiny" / "hf"
+    monkeypatch.setattr("glm3kit.attention.on_ascend", lambda: True)
+    monkeypatch.setattr("mindspore.ops.flash_attention_score", stand_in)
+    fused = ChatGLM3(ModelConfig.from_hf(hub / "config.json", use_flash_attention=True))
+    load_weights(fused, hub)
+    ids = Tensor(reference["forward.input_ids"])
+    np.testing.assert_allclose(fused(ids).asnumpy(), reference["forward.logits"], atol=2e-2)
+    padded, mask = Tensor(reference["padded.input_ids"]), Tensor(reference["padded.attention_mask"])
+    np.testing.assert_allclose(fused(padded, mask).asnumpy()[:, -1], reference["padded.last_logits"], atol=2e-2)
+    (B, T), layers = padded.shape, fused.cfg.num_layers
+    assert calls == [(ids.shape[1],) * 2] * layers + [(B, 1, T, T)] * layers
+    with pytest.raises(ValueError, match="use_flash_attention is true, but compute_dtype is float32"):
+        ModelConfig(use_flash_attention=True, compute_dtype="float32")

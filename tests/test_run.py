@@ -15,11 +15,16 @@ from glm3kit.metrics import read_metrics
 from glm3kit.weights import parameter_shapes, random_weights, read_weights
 
 SMALL = ("model.num_layers=1", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.kv_channels=8",
-         "train.batch_size=2", "train.total_steps=6", "train.save_steps=3", "train.keep_checkpoints=2")
+         "train.batch_size=2", "train.total_steps=6", "train.save_steps=3", "train.keep_checkpoints=2",
+         "train.eval_steps=4", "parallel.peak_tflops=0.1")
 
 
 def small_run(folder, *changes):
     return load_config(ROOT / "configs" / "tiny.yaml", [*SMALL, f"output_dir={folder}", *changes])
+
+
+def steps_of(folder):
+    return [record for record in read_metrics(folder) if "loss" in record]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +37,7 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_its_configuration_metrics_logs_and_checkpoints(finished):
     assert finished.state()["state"] == "succeeded"
     assert load_config(finished.folder / "config.yaml").train.total_steps == 6
-    records = read_metrics(finished.folder)
+    records = steps_of(finished.folder)
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     logged = read_metrics(finished.folder / "log" / "rank_0.log")
     assert logged[-1]["loss"] == pytest.approx(records[-1]["loss"], abs=1e-3)
@@ -41,9 +46,27 @@ def test_a_run_leaves_its_configuration_metrics_logs_and_checkpoints(finished):
 
 
 @pytest.mark.ranks
+def test_metrics_say_where_a_step_s_time_went_and_what_it_used(finished):
+    for record in steps_of(finished.folder):
+        assert record["data_time_ms"] + record["compute_time_ms"] == pytest.approx(record["step_time_ms"], rel=0.05)
+        assert record["tokens_per_second_per_device"] * 2 == pytest.approx(record["tokens_per_second"])
+        # 2 processes x 2 rows x 192 tokens a step; a weight of the layer and of the output layer 6 operations a token
+        tokens = 2 * 2 * 192 / (record["step_time_ms"] / 1000)
+        assert record["tokens_per_second"] == pytest.approx(tokens, rel=0.01)
+        weights = 32 * (8 * 8 + 2 * 2 * 8 + 8 * 8 + 3 * 48) + 32 * 2048
+        flops = 6 * weights + 12 * 8 * 8 * 192
+        assert record["model_flop_utilisation"] == pytest.approx(tokens / 2 * flops / 0.1e12, rel=0.01)
+        assert 0.1 < record["memory_gb"] < 20
+
+
+@pytest.mark.ranks
 def test_one_process_gives_the_curve_of_two_on_the_same_global_batch(finished, tmp_path):
     alone = launch(small_run(tmp_path, "name=alone", "parallel.data_parallel=1", "train.batch_size=4"), progress=False)
-    two, one = read_metrics(finished.folder), read_metrics(alone.folder)
+    held_out = [{r["step"]: r["eval_loss"] for r in read_metrics(job.folder) if "eval_loss" in r}
+                for job in (finished, alone)]
+    assert list(held_out[0]) == [4, 6] and held_out[0] == pytest.approx(held_out[1], rel=1e-4)
+    assert held_out[0][6] < held_out[0][4] < np.log(2048)
+    two, one = steps_of(finished.folder), steps_of(alone.folder)
     for key in ("loss", "grad_norm", "learning_rate"):
         np.testing.assert_allclose([r[key] for r in one], [r[key] for r in two], rtol=1e-4, err_msg=key)
 

@@ -5,7 +5,8 @@ import pytest
 from fit_golden import reference_batches
 
 from glm3kit.config import ModelConfig, TrainConfig
-from glm3kit.errors import DataError, JobError
+from glm3kit.errors import ConfigError, DataError, JobError
+from glm3kit.held_out import HeldOutLoss
 from glm3kit.model import ChatGLM3
 from glm3kit.optimizer import LossScale, bias_corrected, decays, learning_rate
 from glm3kit.train import Trainer, fit
@@ -78,11 +79,11 @@ def test_a_fixed_loss_scale_changes_nothing(net, batches, reference):
 def test_an_overflow_leaves_weights_and_moments_and_halves_the_scale(net, batches):
     trainer = Trainer(net, config(loss_scale="dynamic"), total_steps=20)
     trainer.advance(batches[:1])
-    trainer.scale.value = 3e38  # the scaled loss is beyond float32
+    trainer.scale.value = 1e45  # beyond float32
     before = {p.name: p.asnumpy().copy() for p in (*net.trainable_params(), *trainer.optimizer.state())}
     record = trainer.advance(batches[1:2])
-    assert record["overflow"] and record["loss_scale"] == 3e38
-    assert trainer.scale.value == 1.5e38
+    assert record["overflow"] and record["loss_scale"] == 1e45
+    assert trainer.scale.value == 5e44
     for parameter in (*net.trainable_params(), *trainer.optimizer.state()):
         np.testing.assert_array_equal(parameter.asnumpy(), before[parameter.name], parameter.name)
     trainer.scale.value = 1024.0
@@ -103,7 +104,7 @@ def test_numbers_that_are_not_finite_stop_a_run_with_advice(net, batches):
     ids, labels = batches[0]
     net.parameters_dict()["transformer.output_layer.weight"].set_data(
         net.parameters_dict()["transformer.output_layer.weight"] * float("nan"))
-    with pytest.raises(JobError, match="step 1: loss nan.*learning_rate.*INFNAN_MODE"):
+    with pytest.raises(JobError, match="step 1: loss nan.*INFNAN_MODE.*learning_rate"):
         fit(net, [(ids, labels)], config())
 
 
@@ -143,3 +144,42 @@ def test_weight_decay_spares_biases_and_norms():
     assert {name.removeprefix("transformer.encoder.") for name in spared} == {
         "layers.0.input_layernorm.weight", "layers.0.self_attention.query_key_value.bias",
         "layers.0.post_attention_layernorm.weight", "final_layernorm.weight"}
+
+
+def test_recomputed_layers_give_the_same_curve(net, batches, reference):
+    assert_reference_curve(fit(net, batches, config(recompute=True)), reference)
+
+
+def test_float16_with_a_dynamic_scale_follows_the_reference(golden, batches, reference):
+    net = ChatGLM3(ModelConfig.from_hf(golden / "tiny/hf/config.json"))
+    load_weights(net, golden / "tiny/hf")
+    history = fit(net, batches, config(loss_scale="dynamic"))
+    assert {record["loss_scale"] for record in history} == {65536.0} and not any(r["overflow"] for r in history)
+    np.testing.assert_allclose([r["loss"] for r in history], reference["train.loss"], rtol=1e-2)
+    np.testing.assert_allclose([r["grad_norm"] for r in history], reference["train.grad_norm"], rtol=3e-2)
+
+
+def test_an_overflow_that_no_scale_avoids_stops_the_run_with_advice(net, batches):
+    trainer = Trainer(net, config(loss_scale="dynamic"), total_steps=20)
+    weight = net.parameters_dict()["transformer.output_layer.weight"]
+    weight.set_data(weight * float("nan"))
+    trainer.scale.value = 2.0
+    assert trainer.advance(batches[:1])["overflow"], "the scale can still be halved"
+    with pytest.raises(JobError, match="step 2: .*loss scale 1; .*MS_ASCEND_CHECK_OVERFLOW_MODE=INFNAN_MODE"):
+        trainer.advance(batches[1:2])
+
+
+def test_bfloat16_on_a_cpu_is_an_error_that_says_what_to_set(golden):
+    with pytest.raises(ConfigError, match="compute_dtype is bfloat16.*on a CPU; set model.compute_dtype=float32"):
+        ChatGLM3(ModelConfig.from_hf(golden / "tiny/hf/config.json", compute_dtype="bfloat16"))
+
+
+def test_held_out_loss_is_that_of_the_weights_as_they_are_now(net, batches, reference):
+    held_out = HeldOutLoss(net)
+    given = [(reference["loss.input_ids"], reference["loss.labels"])]
+    assert held_out.mean(given) == pytest.approx(float(reference["loss.value"]), rel=1e-5)
+    seen = []
+    history = fit(net, batches, config(), on_step=lambda record, trainer: seen.append(held_out.mean(batches[-1:])))
+    assert seen[18] == pytest.approx(history[19]["loss"], rel=1e-6), "before the last step the last batch is held out"
+    with pytest.raises(DataError, match="no label counts"):
+        held_out.mean([(batches[0][0], np.full_like(batches[0][1], -100))])
