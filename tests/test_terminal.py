@@ -9,11 +9,12 @@ import pytest
 
 from glm3kit.chat import ChatSession
 from glm3kit.config import load_config
+from glm3kit.conversion import convert_weights
 from glm3kit.terminal import printable, talk
 from glm3kit.tokenizer import ChatGLM3Tokenizer
 from glm3kit.tools import calculate
 from glm3kit.transcript import read_transcript
-from glm3kit.weights import convert_weights, write_random_hub_weights
+from glm3kit.weights import write_random_hub_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["model.num_layers=1", "model.hidden_size=32", "model.ffn_hidden_size=64", "model.kv_channels=8",
