@@ -25,6 +25,7 @@ import psutil
 from glm3kit.checkpoint import clear_unfinished
 from glm3kit.cluster import Plan, msrun_command
 from glm3kit.config import load_config
+from glm3kit.diagnosis import diagnose
 from glm3kit.files import atomic_write
 from glm3kit.heartbeat import Watch
 from glm3kit.job import JOB_VARIABLE, STACKS_SIGNAL, end_processes, is_running, last_lines, now, process_mark
@@ -178,7 +179,8 @@ class Supervisor:
     def _reason(self, name: str, what: str) -> str:
         who = f"rank {name[5:]} of {self.plan.ranks}" if name in self.names else name
         lines = last_lines(self.folder / "log" / f"{name}.log", LOG_LINES).strip()
-        return f"{who} {what}\nThe end of log/{name}.log:\n{lines or '(empty)'}"
+        advice = "".join(f"\n{line}" for line in diagnose(f"{what}\n{lines}"))
+        return f"{who} {what}\nThe end of log/{name}.log:\n{lines or '(empty)'}{advice}"
 
     def watch(self) -> tuple[str, str | None]:
         """Wait for the end of the ranks -> the final state and its reason."""

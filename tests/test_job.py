@@ -138,6 +138,11 @@ def test_a_rank_that_does_not_finish_makes_the_job_a_failure(start, behaviour, m
     assert nothing_runs(job)
 
 
+def test_the_reason_of_a_failure_ends_with_advice_where_its_words_are_known(start):
+    reason = reason_of(start("raise", script=RANK.replace("boom", "[Errno 28] No space left on device")))
+    assert reason.splitlines()[-1].startswith("The disk is full: free some of it")
+
+
 def test_stop_ends_every_process_and_a_second_stop_changes_nothing(start):
     job = start("sleep")
     until(lambda: job.state()["state"] == "running")
