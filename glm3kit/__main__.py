@@ -118,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
     several.add_argument("--node-rank", metavar="N", type=int, help="this machine's place in the table, from 0")
     several.add_argument("--master", metavar="ADDRESS", help="of the machine where the processes meet")
     several.add_argument("--port", type=int, help="of the master; default: 8118, on one machine any free one")
-    for name, run in (("status", verbs.status), ("stop", verbs.stop), ("logs", verbs.logs)):
+    for name, run in (("status", verbs.status), ("wait", verbs.wait), ("stop", verbs.stop), ("logs", verbs.logs)):
         verb = _add(commands, name, run, f"{name} output/tiny")
         verb.add_argument("job", metavar="JOB", help="the folder of a job")
     verb.add_argument("--rank", type=int, default=0, help="default: 0")

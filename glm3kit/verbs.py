@@ -202,6 +202,14 @@ def status(args: argparse.Namespace) -> int:
     return 0
 
 
+def wait(args: argparse.Namespace) -> int:
+    """Wait for the end of a job, with a progress bar; exit with 1 and the reason if it fails."""
+    from glm3kit.launch import Job
+
+    print(f"{Job.attach(args.job).wait(progress=True).state()['state']}: {args.job}")
+    return 0
+
+
 def stop(args: argparse.Namespace) -> int:
     """Stop a running job."""
     from glm3kit.launch import Job

@@ -16,7 +16,7 @@ from glm3kit.weights import write_random_hub_weights
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "configs" / "tiny.yaml")
 VERBS = ["check", "rank-table show", "rank-table check", "rank-table wait", "rank-table make",
-         "rank-table merge", "convert", "data", "launch", "status", "stop", "logs", "train",
+         "rank-table merge", "convert", "data", "launch", "status", "wait", "stop", "logs", "train",
          "plot", "merge", "evaluate", "predict", "chat", "demo"]
 
 
@@ -111,6 +111,14 @@ def test_rank_tables_are_merged_in_the_order_given_and_shown(tmp_path, capsys):
     assert re.search(r"server 10.0.0.1.*: 2 device\(s\)\n  rank  device  address\n +2 +0  192.168.0.1\n", printed)
 
 
+def test_a_dry_run_prints_what_would_be_started_and_starts_nothing(tmp_path, capsys):
+    assert status_of("launch", TINY, f"output_dir={tmp_path}", "--dry-run", "--port", "8765") == 0
+    printed = capsys.readouterr().out
+    assert "ranks here: 0 on device 0, 1 on device 1" in printed
+    assert "--worker_num=2" in printed and "--master_port=8765" in printed and "export GLM3KIT_JOB=" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_rank_table_is_made_named_checked_and_waited_for(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("glm3kit.hccn.device_addresses", lambda devices, *_: {n: f"10.1.0.{n}" for n in devices})
@@ -153,6 +161,7 @@ def test_the_verbs_run_the_whole_workflow(tmp_path, capfd):
     assert status_of("launch", TINY, *small, f"model.checkpoint_name_or_path={start}") == 0
     assert status_of("plot", job, "-o", str(tmp_path / "loss.png")) == 0
     assert status_of("logs", job, "--rank", "1", "--lines", "3") == 0
+    assert status_of("wait", job) == status_of("logs", job, "--follow") == 0
     assert status_of("merge", job, merged) == 0
     capfd.readouterr()
     assert status_of("status", job) == 0
