@@ -188,7 +188,8 @@ def run_call(tools: Mapping[str, Tool], call: Mapping[str, Any], timeout_s: floa
     faults = _faults(tool.parameters, parameters)
     if faults:
         return _error(f"{name}: invalid arguments: {'; '.join(faults)}")
-    outcome = _run(lambda: tool._checked(**parameters), timeout_s, stopped)
+    checked = tool._checked  # made with the first call, before the clock starts
+    outcome = _run(lambda: checked(**parameters), timeout_s, stopped)
     if outcome is None:
         if stopped():
             raise InterruptedError(f"{name} was stopped")

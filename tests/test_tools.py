@@ -181,7 +181,7 @@ def test_a_runaway_loop_is_abandoned_and_its_thread_ends():
             except Exception:  # a tool that catches everything ends all the same
                 continue
 
-    assert error_of(run(spin, timeout_s=0.2)) == "spin: no result within 0.2 s"
+    assert error_of(run(spin, timeout_s=1)) == "spin: no result within 1 s"
     assert entered.is_set()
     end = time.monotonic() + 20
     while any(thread.name == "glm3kit tool" for thread in threading.enumerate()):

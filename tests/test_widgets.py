@@ -12,10 +12,11 @@ import traitlets
 from glm3kit import widgets
 from glm3kit.chat import ChatSession
 from glm3kit.config import GenerateConfig
+from glm3kit.prompt import as_text
 from glm3kit.tokenizer import ChatGLM3Tokenizer
 from glm3kit.tools import calculate
 from glm3kit.transcript import read_transcript
-from glm3kit.widgets import GUIDE, REFRESH_S, chat_widget
+from glm3kit.widgets import GUIDE, REFRESH_S, chat_widget, shown_state
 
 PACKAGE = Path(widgets.__file__).parent
 TINY = PACKAGE / "tiny" / "tokenizer.model"
@@ -66,11 +67,13 @@ def until(condition):
 
 
 def settle(chat):
-    """Wait until the session is idle and the page shows that."""
-    threads = [thread for thread in threading.enumerate() if thread.name == "glm3kit chat"]
-    for thread in threads:
-        thread.join(20)
-    until(lambda: not chat.session.busy and chat._planned is None and not chat.state["busy"])
+    """Wait until the session is idle and the page shows it as it is."""
+    for thread in threading.enumerate():
+        if thread.name == "glm3kit chat":
+            thread.join(20)
+    session = chat.session
+    until(lambda: not session.busy and chat.state == shown_state(session) | {"model_id": chat.model_id}
+          and page(chat) == [(message["role"], as_text(message["content"])) for message in session.history])
 
 
 def ask(chat, action, **arguments):
