@@ -83,6 +83,7 @@ def test_a_tool_turn_becomes_a_call_that_counts_and_a_result_that_does_not():
     assert conversation_messages({"conversations": [USER, tool]})[1:] == [
         Message("assistant", "```python\ntool_call(symbol=\"it's\", n=1)\n```", metadata="track", loss=True),
         Message("observation", '{"价格": 12}')]
+    assert not any(message.loss for message in conversation_messages({"conversations": [USER, tool | {"loss": False}]}))
 
 
 def test_calls_and_results_may_also_stand_as_in_a_chat_history():
