@@ -10,17 +10,15 @@ cache before every run. Memory is the whole resident set, mapped files included 
 
 import argparse
 import json
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from disk import copy_seconds, files_of, forget, model_config, watch
 
 from glm3kit.ckpt_file import write_ckpt
 from glm3kit.config import ModelConfig
@@ -76,41 +74,15 @@ def make_mindformers(folder: Path, cfg: ModelConfig) -> None:
         write_ckpt(folder / f"rank_{rank}" / f"glm3_rank_{rank}-1_100.ckpt", shard(cfg, rank))
 
 
-def files_of(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
+def size_of(folder: Path) -> float:
+    return sum(file.stat().st_size for file in files_of(folder)) / 1e9
 
 
-def forget(folder: Path) -> None:
-    """Put files out of the page cache."""
-    for file in files_of(folder):
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-
-
-def copy_time(source: Path, destination: Path) -> float:
-    """Seconds of cp and sync."""
+def measure(source: Path, command: list[str | Path]) -> dict[str, float]:
+    """What Python takes for a command that reads the shards from the disk."""
     forget(source)
-    start = time.perf_counter()
-    subprocess.run(["cp", "-r", source, destination], check=True)
-    subprocess.run(["sync", *files_of(destination)], check=True)
-    seconds = time.perf_counter() - start
-    shutil.rmtree(destination)
-    return seconds
-
-
-def run(*command: str | Path) -> tuple[float, float]:
-    """Seconds that a command takes, and its largest resident set in GB."""
-    start, peak = time.perf_counter(), 0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status")
-        lines = status.read_text().splitlines() if status.exists() else []
-        peak = max([peak, *(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))])  # kB
-        time.sleep(0.05)
-    assert process.returncode == 0, process.stderr.read()
-    return time.perf_counter() - start, peak * 1024 / 1e9
+    usage = watch(subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    return {"merge_s": usage.seconds, "memory_gb": usage.resident / 1e9}
 
 
 def main() -> None:
@@ -122,8 +94,7 @@ def main() -> None:
     parser.add_argument("--mindspore", action="store_true", help="merge with ms.transform_checkpoints too")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-    cfg = ModelConfig(num_layers=args.layers, hidden_size=args.hidden, ffn_hidden_size=args.hidden * 13696 // 4096,
-                      num_attention_heads=args.hidden // 128)
+    cfg = model_config(args.layers, args.hidden)
     lines = []
     for form, make in (("kit", make_kit), ("mindformers", make_mindformers)):
         if args.form not in (None, form):
@@ -131,19 +102,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
             source, merged = Path(temporary, "shards"), Path(temporary, "merged.safetensors")
             make(source, cfg)
-            copied = copy_time(source, Path(temporary, "copy"))
-            forget(source)
-            seconds, peak = run(sys.executable, "-m", "glm3kit", "merge", source, merged)
-            lines.append({"form": form, "with": "glm3kit", "gb": merged.stat().st_size / 1e9, "copy_s": copied,
-                          "merge_s": seconds, "ratio": seconds / copied, "memory_gb": peak})
+            copied = copy_seconds(source, Path(temporary, "copy"))
+            programs = {"glm3kit": ["-m", "glm3kit", "merge", source, merged]}
             if args.mindspore and form == "mindformers":
-                merged.unlink()
-                forget(source)
-                program = ("import mindspore as ms; ms.transform_checkpoints("
-                           f"{str(source)!r}, {temporary + '/theirs'!r}, 'whole', {str(source / 'strategy.json')!r})")
-                seconds, peak = run(sys.executable, "-c", program)
-                lines.append(lines[-1] | {"with": "mindspore", "merge_s": seconds, "ratio": seconds / copied,
-                                          "memory_gb": peak})
+                programs["mindspore"] = ["-c", "import mindspore as ms; ms.transform_checkpoints("
+                                         f"{str(source)!r}, {temporary + '/theirs'!r}, 'whole', "
+                                         f"{str(source / 'strategy.json')!r})"]
+            lines += [{"form": form, "with": name, "gb": size_of(source), "copy_s": copied} | measure(source, command)
+                      for name, command in programs.items()]
     if args.json:
         print(json.dumps(lines))
         return
@@ -151,7 +117,7 @@ def main() -> None:
     print(f"{'shards':<12} {'with':<10} {'size':>8} {'cp + sync':>10} {'merge':>9} {'ratio':>6} {'memory':>8}")
     for line in lines:
         print(f"{line['form']:<12} {line['with']:<10} {line['gb']:>5.1f} GB {line['copy_s']:>8.1f} s "
-              f"{line['merge_s']:>7.1f} s {line['ratio']:>6.2f} {line['memory_gb']:>5.2f} GB")
+              f"{line['merge_s']:>7.1f} s {line['merge_s'] / line['copy_s']:>6.2f} {line['memory_gb']:>5.2f} GB")
 
 
 if __name__ == "__main__":

@@ -253,11 +253,12 @@ def load_checkpoint(path: Path, net: "ChatGLM3", trainer: "Trainer", topology: "
                               "with the data, train.seed and rows a step (batch_size x data_parallel x "
                               "gradient_accumulation_steps) of the run that wrote it")
     state = trainer.optimizer.state()
-    layouts = (weight_layouts(net, topology), state_layouts(net, state, topology))
-    weights = _open(path / "model", topology.tensor_rank, layouts[0])
-    moments = _open(path / "optimizer", topology.rank, layouts[1])
+    of_weights, of_state = weight_layouts(net, topology), state_layouts(net, state, topology)
+    weights = _open(path / "model", topology.tensor_rank, of_weights)
+    moments = _open(path / "optimizer", topology.rank, of_state)
+    layouts = of_weights | of_state
     for parameter in (*saved_parameters(net, trainer.config.lora), *state):
-        name, layout = parameter.name, (layouts[0] | layouts[1])[parameter.name]
+        name, layout = parameter.name, layouts[parameter.name]
         tensors, whole = moments if name in moments[0] else weights
         if name not in tensors:  # one rank alone keeps no masters of float32 weights
             name = name.removeprefix("master.")

@@ -46,7 +46,8 @@ def _layout(item: Mapping[str, Any], stage: int) -> Layout:
         axes.append(tuple(axis for axis in (entry if isinstance(entry, list) else [entry]) if axis != -1))
     step, size = item.get("opt_weight_shard_step", 0), item.get("opt_weight_shard_size", 0)
     segments, flattened, unit = item.get("segments", ()), item.get("flattened", ()), item.get("unit", 1)
-    if any(type(number) is not int for number in (*devices, *sum(axes, ()), step, size, *segments, *flattened, unit)):
+    numbers = (*devices, *sum(axes, ()), step, size, *segments, *flattened, unit, stage)
+    if any(type(number) is not int for number in numbers):
         raise TypeError(f"expected whole numbers in {dict(item)}")
     shards = size if step else 0
     if size == -1:  # all ranks that hold the same slice share it

@@ -1,6 +1,7 @@
 """Strategy files: read in both of MindSpore's forms, one or a folder of them, and written as MindSpore reads them."""
 
 import json
+import random
 
 import pytest
 from mindspore.parallel._parallel_serialization import (
@@ -109,3 +110,19 @@ def test_a_missing_file_and_an_empty_folder_are_errors(tmp_path):
         read_strategy(tmp_path / "none.json")
     with pytest.raises(CheckpointError, match="an empty folder"):
         read_strategy(tmp_path)
+
+
+def test_damage_anywhere_is_an_error_or_another_strategy_but_never_a_crash(tmp_path):
+    path = tmp_path / "a.json"
+    write_strategy(path, {"a.weight": LAYOUTS["a.weight"]})
+    chance = random.Random(0)
+    for name, whole in (("a.ckpt", protobuf(LAYOUTS).SerializeToString()), ("a.json", path.read_bytes())):
+        for _ in range(300):
+            content = bytearray(whole)
+            for _ in range(3):
+                content[chance.randrange(len(content))] = chance.choice(b"0123456789-[]{},\x00\xff\x80\x0a")
+            (tmp_path / name).write_bytes(content)
+            try:
+                read_strategy(tmp_path / name)
+            except CheckpointError as err:
+                assert name in str(err)
