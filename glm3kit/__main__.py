@@ -80,6 +80,9 @@ def parser() -> argparse.ArgumentParser:
 
     _add_rank_table(commands)
 
+    verb = _add(commands, "memory", verbs.memory, "memory configs/run_glm3_6b.yaml train.batch_size=4", config=True)
+    verb.add_argument("--json", action="store_true", help="print bytes as JSON")
+
     verb = _add(commands, "convert", verbs.convert, "convert chatglm3-6b models/glm3_6b.safetensors")
     verb.add_argument("source", metavar="SRC", help="a hub folder, or a .safetensors, .bin, .pth or .ckpt file")
     verb.add_argument("destination", metavar="DST", nargs="?",

@@ -56,6 +56,18 @@ def _rank_table_path(path: str | None) -> str | Path:
     return found
 
 
+def memory(args: argparse.Namespace) -> int:
+    """Estimate the memory that training needs on a device."""
+    from glm3kit.memory import estimate_memory, memory_table
+
+    parts = estimate_memory(_config(args))
+    if args.json:
+        _print_json(parts | {"sum": sum(parts.values())})
+    else:
+        print(memory_table(parts))
+    return 0
+
+
 def rank_table_show(args: argparse.Namespace) -> int:
     """Show a rank table of any form: servers, devices, addresses, ranks."""
     from glm3kit.cluster import own_addresses
