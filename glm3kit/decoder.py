@@ -101,14 +101,18 @@ class Decoder(nn.Cell):
 
     def run(self, input_ids: Tensor, positions: Tensor, lengths: Tensor) -> Step:
         """Compute by a graph, or by `forward` where a graph would take too much memory, in whatever mode we are."""
-        if self.in_graph:
-            return self(input_ids, positions, lengths)
-        mode = ms.get_context("mode")
-        ms.set_context(mode=ms.PYNATIVE_MODE)
+        training, mode = self.net.training, ms.get_context("mode")
+        if training:
+            self.net.set_train(False)  # without an adapter's dropout
+        if not self.in_graph:
+            ms.set_context(mode=ms.PYNATIVE_MODE)
         try:
-            return self.forward(input_ids, positions, lengths)
+            return (self if self.in_graph else self.forward)(input_ids, positions, lengths)
         finally:
-            ms.set_context(mode=mode)
+            if training:
+                self.net.set_train()
+            if not self.in_graph:
+                ms.set_context(mode=mode)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Step:
         """Run a prompt a row, from where it departs from what the cache holds; its last token is always computed.

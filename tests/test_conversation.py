@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from mindspore import Tensor
 
-from glm3kit.config import ModelConfig, TrainConfig
+from glm3kit.config import LoraConfig, ModelConfig, TrainConfig
 from glm3kit.decoder import Decoder
 from glm3kit.errors import ConfigError, Glm3KitError, PromptError
 from glm3kit.model import ChatGLM3
@@ -120,6 +121,19 @@ def test_training_between_two_turns_is_seen(golden):
     rows = np.random.default_rng(0).integers(0, 512, (2, 2, 8)).astype(np.int32)
     fit(net, [tuple(rows)], TrainConfig(learning_rate=0.5, total_steps=1))
     assert list(talk([*OPENING, 7])) == fresh(net, [*OPENING, 7])
+
+
+def test_an_adapter_drops_nothing_while_it_generates(golden):
+    cfg = ModelConfig.from_hf(golden / "tiny/hf/config.json", param_dtype="float32", compute_dtype="float32")
+    net = ChatGLM3(cfg.model_copy(update={"num_layers": 1}))
+    rows = np.random.default_rng(0).integers(0, 512, (2, 2, 8)).astype(np.int32)
+    fit(net, [tuple(rows)], TrainConfig(learning_rate=0.5, total_steps=1, lora=LoraConfig(dropout=0.5)))
+    assert net.training and fresh(net, OPENING) == fresh(net, OPENING)
+    assert net.training
+    ids = net.generate(OPENING, **SETTINGS)[0]
+    net.set_train(False)
+    logits = net(Tensor(ids[None, :-1])).asnumpy()[0, len(OPENING) - 1:]
+    assert logits.argmax(1).tolist() == ids[len(OPENING):].tolist()
 
 
 def test_a_turn_may_have_settings_of_its_own(net):
