@@ -153,7 +153,11 @@ def convert_weights(src: str | Path, dst: str | Path, to: str = "mindspore", dty
     cfg = ModelConfig.from_published(published, where) if published else None
     shapes, by = (parameter_shapes(cfg), Path(where).name) if cfg else (_shapes_by_name(weights), "ChatGLM3")
     overflows: Counter[str] = Counter()
-    tensors = weights if dtype == "keep" else cast_tensors(weights, dtype, overflows)
+
+    def in_type(tensors: Tensors) -> Tensors:
+        return tensors if dtype == "keep" else cast_tensors(tensors, dtype, overflows)
+
+    tensors = in_type(weights)
     faults = shape_faults(weights.specs, shapes, by)
     faults += [f"'{name}' is {spec.dtype}, no weight; expected one of {', '.join(FLOATS)}"
                for name, spec in weights.specs.items() if spec.dtype not in FLOATS]
@@ -178,7 +182,7 @@ def convert_weights(src: str | Path, dst: str | Path, to: str = "mindspore", dty
             tensors = published_tensors(tensors, cfg)
         elif to == "hf-glm":
             stop_ids = ChatGLM3Tokenizer(vocabulary).stop_ids if vocabulary else PUBLISHED_STOP_IDS
-            tensors, written = glm_tensors(tensors, cfg), glm_config(cfg, stored, stop_ids)
+            tensors, written = in_type(glm_tensors(weights, cfg)), glm_config(cfg, stored, stop_ids)
         beside = _companions(src, to, written, vocabulary)
         if to == "hf-glm" and not vocabulary:
             warnings.warn(f"{dst}: written without a tokenizer, none is beside {src}; name it with --tokenizer "

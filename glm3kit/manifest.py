@@ -10,7 +10,7 @@ nobody can make other weights with the same sums.
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -81,9 +81,17 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"{path}: not written by glm3kit, or damaged ({err!r}); move it away") from err
 
 
-def write_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write what is known of each file of weights in a folder."""
-    atomic_write(folder / MANIFEST, json.dumps({"files": files}, indent=1, ensure_ascii=False) + "\n")
+def is_written_folder(folder: Path) -> bool:
+    """Whether a folder is as `write_weights` made it, with shards, and holds nothing else."""
+    known = {*read_manifest(folder), MANIFEST}
+    beside = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("beside") if len(known) > 1 else None
+    return isinstance(beside, list) and {path.name for path in folder.iterdir()} <= known.union(map(str, beside))
+
+
+def write_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]], beside: Iterable[str] | None = None) -> None:
+    """Write what is known of each file of weights in a folder; beside: all other files, where it is one of shards."""
+    content = {"files": files} | ({} if beside is None else {"beside": sorted(beside)})
+    atomic_write(folder / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def manifest_entry(tensors: Tensors, checksums: Mapping[str, str], about: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from glm3kit.ckpt_file import read_ckpt, write_ckpt
 from glm3kit.config import ModelConfig
 from glm3kit.errors import CheckpointError
 from glm3kit.files import atomic_folder, atomic_write
-from glm3kit.manifest import Checksums, manifest_entry, read_manifest, write_manifest
+from glm3kit.manifest import Checksums, is_written_folder, manifest_entry, read_manifest, write_manifest
 from glm3kit.safetensors_file import read_safetensors, write_safetensors
 from glm3kit.shards import cut_into_shards, index_name, index_text, weight_files
 from glm3kit.tensors import Tensors, TensorSpec, cast, release
@@ -141,7 +141,7 @@ def destination_faults(path: Path, nbytes: int, as_folder: bool, force: bool) ->
         faults.append(f"{path}: the name of the result says its form; end it with .ckpt or .safetensors")
     if path.exists() and path.is_dir() != as_folder:
         faults.append(f"{path}: is a {'folder' if path.is_dir() else 'file'}, the result is none; give another name")
-    elif path.is_dir() and force and not read_manifest(path):
+    elif path.is_dir() and force and not is_written_folder(path):
         faults.append(f"{path}: a folder that convert did not write is not replaced; remove it, or give another name")
     elif path.exists() and not force:
         faults.append(f"{path}: exists already; give another name, or --force (force=True) to replace it")
@@ -191,12 +191,13 @@ def write_weights(path: str | Path, tensors: Tensors, *, max_shard_size: int | N
             with atomic_folder(path) as folder:
                 for file, names in shards.items():
                     _write_file(folder / file, watched.select(names))
-                for file, content in (beside or {}).items():
+                index = {index_name(suffix): index_text(tensors.specs, shards)}
+                others: dict[str, str | bytes] = {**index, **(beside or {})}
+                for file, content in others.items():
                     atomic_write(folder / file, content)
-                atomic_write(folder / index_name(suffix), index_text(tensors.specs, shards))
                 sums = checksums.finish()
                 write_manifest(folder, {file: manifest_entry(tensors.select(names), sums, about or {})
-                                        for file, names in shards.items()})
+                                        for file, names in shards.items()}, beside=others)
         else:
             entries = read_manifest(path.parent)
             if entries.pop(path.name, None):  # it must not tell of an earlier file, should we be killed

@@ -281,7 +281,14 @@ def test_a_folder_of_other_things_is_never_replaced(hub, tmp_path):
         convert_weights(hub, hub.parent, to="hf", force=True, progress=False)
     with pytest.raises(CheckpointError, match="is a folder, the result is none"):
         convert_weights(hub, tmp_path / "mine", force=True, progress=False)
-    assert (tmp_path / "mine" / "thesis.tex").read_text() == "precious"
+    convert_weights(hub, tmp_path / "mine" / "t.ckpt", progress=False)  # which leaves a manifest there
+    with pytest.raises(CheckpointError, match="a folder that convert did not write is not replaced"):
+        convert_weights(hub, tmp_path / "mine", to="hf", force=True, progress=False)
+    result = convert_weights(hub, tmp_path / "hf", to="hf", progress=False)
+    (result / "thesis.tex").write_text("precious")
+    with pytest.raises(CheckpointError, match="a folder that convert did not write is not replaced"):
+        convert_weights(hub, result, to="hf", force=True, progress=False)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == (result / "thesis.tex").read_text() == "precious"
 
 
 def test_a_folder_that_convert_wrote_is_replaced_by_force_only(sources, published, tmp_path):
