@@ -99,8 +99,10 @@ def rank_environment(plan: Plan, target: str, environ: Mapping[str, str] = os.en
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // len(plan.devices))))
     elif (visible := visible_devices(plan.devices, cards)) and "ASCEND_RT_VISIBLE_DEVICES" not in environment:
         environment["ASCEND_RT_VISIBLE_DEVICES"] = visible
-    if plan.own_address:  # else MindSpore takes the first interface it finds
+    if plan.own_address:  # else MindSpore and HCCL each take the first interface that they find
         environment.setdefault("MS_WORKER_IP", plan.own_address)
+        if "HCCL_SOCKET_IFNAME" not in environment:
+            environment.setdefault("HCCL_IF_IP", plan.own_address)
     if plan.ranks == 1:  # no msrun that would say so
         environment |= {"RANK_ID": "0", "RANK_SIZE": "1", "DEVICE_ID": "0"}
     return environment

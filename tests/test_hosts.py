@@ -88,43 +88,47 @@ def launch_on(hosts, *arguments):
     return said
 
 
+@pytest.fixture
+def stopped_at_the_end(tmp_path):
+    """No job outlives the test, whatever fails."""
+    yield
+    for name in ("run", "run/node_1", "alone"):
+        if (tmp_path / name / "job.json").exists():
+            Job(tmp_path / name).stop()
+
+
 @pytest.mark.ranks
+@pytest.mark.usefixtures("stopped_at_the_end")
 def test_two_hosts_train_as_one_fail_when_their_link_is_cut_and_go_on_when_it_is_back(hosts, rank_table, tmp_path):
     run = [f"output_dir={tmp_path}", "name=run", "parallel.data_parallel=4", "train.batch_size=1", "train.save_steps=4",
            "--rank-table", str(rank_table)]
-    alone = subprocess.Popen([sys.executable, "-m", "glm3kit", "launch", TINY, *SMALL, f"output_dir={tmp_path}",
-                              "name=alone", "parallel.data_parallel=1", "train.batch_size=4"],
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                             env=os.environ | {"PYTHONPATH": str(ROOT)})
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    alone = [sys.executable, "-m", "glm3kit", "launch", TINY, *SMALL, f"output_dir={tmp_path}", "name=alone",
+             "parallel.data_parallel=1", "train.batch_size=4", "--detach"]
+    subprocess.run(alone, check=True, stdout=subprocess.DEVNULL, env=environment)
     said = launch_on(hosts, *run)
     jobs = [Job.attach(tmp_path / "run"), Job.attach(tmp_path / "run/node_1")]
-    try:
-        for n, address in enumerate(ADDRESSES):
-            assert f"this machine: {address}, node {n} of 2 (from its address in the table)" in said[n]
-        assert "scheduler: here, port 8118" in said[0] and "scheduler: on 10.77.0.1" in said[1]
+    for n, address in enumerate(ADDRESSES):
+        assert f"this machine: {address}, node {n} of 2 (from its address in the table)" in said[n]
+    assert "scheduler: here, port 8118" in said[0] and "scheduler: on 10.77.0.1" in said[1]
 
-        until(lambda: checkpoints(tmp_path / "run"), "a checkpoint")
-        ip("-n", hosts[1], "link", "set", "cable", "down")
-        cut = time.monotonic()
-        states = ended(jobs)
-        took_s = time.monotonic() - cut
-        assert [state["state"] for state in states] == ["failed", "failed"]
-        assert took_s < 3 * NODE_TIMEOUT_S + 30, "a few heartbeats, and the time of a busy machine"
-        for job, state in zip(jobs, states, strict=True):
-            assert "The connection between ranks broke" in state["reason"], state["reason"]
-            assert not job_processes(job.folder)
+    until(lambda: checkpoints(tmp_path / "run"), "a checkpoint")
+    ip("-n", hosts[1], "link", "set", "cable", "down")
+    cut = time.monotonic()
+    states = ended(jobs)
+    took_s = time.monotonic() - cut
+    assert [state["state"] for state in states] == ["failed", "failed"]
+    assert took_s < 3 * NODE_TIMEOUT_S + 30, "a few heartbeats, and the time of a busy machine"
+    for job, state in zip(jobs, states, strict=True):
+        assert "The connection between ranks broke" in state["reason"], state["reason"]
+        assert not job_processes(job.folder)
 
-        ip("-n", hosts[1], "link", "set", "cable", "up")
-        launch_on(hosts, *run, "--resume")
-        states = ended(jobs)
-        assert [state["state"] for state in states] == ["succeeded", "succeeded"], [s["reason"] for s in states]
-        assert [state["exit_codes"] for state in states] == [{"rank_0": 0, "rank_1": 0}, {"rank_2": 0, "rank_3": 0}]
-        assert alone.wait(120) == 0
-        two, one = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "alone")
-        assert [record["step"] for record in two] == list(range(1, STEPS + 1))
-        np.testing.assert_allclose([r["loss"] for r in two], [r["loss"] for r in one], rtol=1e-4)
-    finally:
-        for job in jobs:
-            job.stop()
-        alone.kill()
-        alone.wait()
+    ip("-n", hosts[1], "link", "set", "cable", "up")
+    launch_on(hosts, *run, "--resume")
+    states = ended(jobs)
+    assert [state["state"] for state in states] == ["succeeded", "succeeded"], [s["reason"] for s in states]
+    assert [state["exit_codes"] for state in states] == [{"rank_0": 0, "rank_1": 0}, {"rank_2": 0, "rank_3": 0}]
+    Job.attach(tmp_path / "alone").wait(120)
+    two, one = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "alone")
+    assert [record["step"] for record in two] == list(range(1, STEPS + 1))
+    np.testing.assert_allclose([r["loss"] for r in two], [r["loss"] for r in one], rtol=1e-4)

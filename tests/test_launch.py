@@ -65,6 +65,15 @@ def two_servers():
                       Server("10.0.0.2", (Device("0", "192.1.0.2", "1"),))))
 
 
+def test_between_machines_the_ranks_talk_from_the_address_that_the_others_know():
+    plan = plan_run(two_servers(), {}, {"10.0.0.2", "172.17.0.1"})
+    environment = rank_environment(plan, "CPU", {})
+    assert environment["MS_WORKER_IP"] == environment["HCCL_IF_IP"] == "10.0.0.2"
+    by_hand = rank_environment(plan, "CPU", {"HCCL_SOCKET_IFNAME": "eth1", "MS_WORKER_IP": "10.9.0.2"})
+    assert by_hand["MS_WORKER_IP"] == "10.9.0.2" and "HCCL_IF_IP" not in by_hand
+    assert not {"MS_WORKER_IP", "HCCL_IF_IP"} & rank_environment(plan_run(local_rank_table(2)), "CPU", {}).keys()
+
+
 def test_the_second_machine_has_a_folder_of_its_own_inside_of_the_runs(tmp_path, monkeypatch):
     monkeypatch.setattr("glm3kit.cluster.own_addresses", lambda: {"127.0.0.1", "10.0.0.2"})
     config = make_config(tmp_path, 2)
