@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from glm3kit.errors import JobError
-from glm3kit.rank_table import RankTable, find_rank_table, read_rank_table
+from glm3kit.rank_table import RankTable, find_rank_table, wait_for_rank_table
 from glm3kit.rank_table_forms import Server, is_address
 
 MASTER_PORT = 8118  # with several machines, which must agree without talking; msrun's own default
@@ -228,7 +228,7 @@ def joining_variables(environ: Mapping[str, str], root: str | Path = "/") -> dic
     path, hosts = find_rank_table(environ, root), _worker_hosts(environ)
     master = hosts[0] if hosts else "127.0.0.1"
     if path and not hosts:
-        table = read_rank_table(path)
+        table = wait_for_rank_table(path)
         if len(table.servers) > 1:
             master, _ = _find_master(_servers_in_order(table), environ, table.source)
     device = environ.get("DEVICE_ID") or environ.get("ASCEND_DEVICE_ID")

@@ -15,11 +15,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from ipaddress import ip_address
 from pathlib import Path
 
 import glm3kit
 from glm3kit.checkpoint import newest_checkpoint
-from glm3kit.cluster import Plan, msrun_command, plan_run
+from glm3kit.cluster import Plan, msrun_command, own_addresses, plan_run
 from glm3kit.config import RunConfig
 from glm3kit.errors import JobError, RankTableError
 from glm3kit.job import JOB_VARIABLE, LIVE, Job, end_processes, job_processes, last_lines, rank_process
@@ -48,7 +49,8 @@ def choose_rank_table(config: RunConfig, given: RankTable | str | Path | None = 
     """The table of the ranks of a run: the one given, else the platform's, else one for processes of this machine.
 
     timeout_s: how long to wait for a table that the platform is still filling.
-    Raises RankTableError if it has fewer devices than the run needs, or is not complete in time.
+    Raises RankTableError if it has fewer devices than the run needs, or is not complete in time, JobError if none of
+    those ranks is this machine's.
     """
     count, target = config.parallel.ranks, config.parallel.device_target
     path = given if isinstance(given, (str, Path)) else None
@@ -65,7 +67,14 @@ def choose_rank_table(config: RunConfig, given: RankTable | str | Path | None = 
                                  "asked for (data_parallel x tensor_parallel); ask for fewer, or set "
                                  "parallel.device_target to CPU")
         table = local_rank_table(count)
-    return table.first(count)
+    used = table.first(count)
+    names = [server.server_id for server in used.servers]
+    here = {address for address in own_addresses() if not ip_address(address).is_loopback}
+    if idle := [server for server in table.servers
+                if server.server_id not in names and {server.server_id, server.host_ip} & here]:
+        raise JobError(f"{table.source}: the {count} ranks asked for are on {', '.join(names)}, none on this machine "
+                       f"({idle[0].server_id}); launch there, or raise parallel.data_parallel")
+    return used
 
 
 def visible_devices(devices: Sequence[str], cards: Sequence[int]) -> str | None:

@@ -11,7 +11,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from glm3kit.cluster import joining_variables, msrun_command, own_addresses, plan_run
+from glm3kit.cluster import free_port, joining_variables, msrun_command, own_addresses, plan_run
 from glm3kit.errors import JobError
 from glm3kit.job import is_running, process_mark
 from glm3kit.rank_table import Device, RankTable, Server, local_rank_table
@@ -75,6 +75,12 @@ def test_what_is_given_by_hand_counts():
     assert (here.node_rank, here.master, here.port, here.own_address) == (1, "192.168.7.7", 7000, "192.168.7.8")
 
 
+def test_without_a_listed_address_the_one_towards_the_master_is_taken():
+    assert plan(table_of(1, 1), node_rank=1, master="127.0.0.1", port=free_port()).own_address == "127.0.0.1"
+    with pytest.raises(JobError, match="the master no.such.host.invalid cannot be reached from here"):
+        plan(table_of(1, 1), node_rank=1, master="no.such.host.invalid")
+
+
 @pytest.mark.parametrize("table, addresses, more, message", [
     (table_of(1, 1), [], {}, "which of its servers (10.0.0.1, 10.0.0.2) is this machine? 0 of them"),
     (table_of(1, 1), ["10.0.0.1", "10.0.0.2"], {}, "2 of them have one of its addresses"),
@@ -120,6 +126,13 @@ def test_msrun_is_told_the_place_of_a_machine_among_several(tmp_path):
 # Joining the others where a platform has started the processes
 
 
+def wait_until(condition, timeout_s):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
 PRESET = {"RANK_ID": "9", "RANK_SIZE": "16", "ASCEND_DEVICE_ID": "1"}
 
 
@@ -153,11 +166,12 @@ def test_a_rank_outside_of_its_size_is_refused(change, tmp_path):
 
 @pytest.mark.ranks
 def test_processes_that_a_platform_started_train_together(tmp_path):
-    """A ModelArts training job, played: a table in the group form, the documented variables, a process a card."""
+    """A ModelArts training job, played: the platform's variables, a process a card, a table that is still filled."""
     group = {"pod_name": "job-0", "server_id": "10.0.0.1",
              "devices": [{"device_id": str(n), "device_ip": f"192.1.0.{n}"} for n in range(2)]}
     table = tmp_path / "jobstart_hccl.json"
-    table.write_text(json.dumps({"status": "completed", "group_list": [{"instance_list": [group]}]}))
+    table.write_text('{"status": "initializing"}')
+    content = json.dumps({"status": "completed", "group_list": [{"instance_list": [group]}]})
     command = [sys.executable, "-m", "glm3kit", "train", str(ROOT / "configs/tiny.yaml"), "model.num_layers=1",
                "model.hidden_size=32", "model.ffn_hidden_size=48", "model.kv_channels=8", "train.batch_size=2",
                "train.total_steps=2", f"output_dir={tmp_path}"]
@@ -169,15 +183,16 @@ def test_processes_that_a_platform_started_train_together(tmp_path):
     ranks = [subprocess.Popen(command, env=variables | {"RANK_ID": str(n), "ASCEND_DEVICE_ID": str(n)},
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for n in range(2)]
     try:
+        wait_until(lambda: all((tmp_path / f"tiny/log/rank_{n}.json").exists() for n in range(2)), 120)
+        time.sleep(1)  # both look at the table right after they have said that they start
+        table.write_text(content)
         said = [rank.communicate(timeout=180)[0] for rank in ranks]  # until the scheduler has ended, too
     finally:
         for rank in ranks:
             rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert any("initializing" in text for text in said), "they waited for the table"
     assert len((tmp_path / "tiny/metrics.jsonl").read_text().splitlines()) == 2
     records = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "tiny/log").glob("*.json")}
     assert records["rank_0"]["exit_code"] == records["rank_1"]["exit_code"] == 0
-    deadline = time.monotonic() + 30
-    while is_running(process_mark(records["scheduler"]["pid"])):
-        assert time.monotonic() < deadline, "the scheduler ends once all ranks have left"
-        time.sleep(0.1)
+    wait_until(lambda: not is_running(process_mark(records["scheduler"]["pid"])), 30)  # once all ranks have left

@@ -90,6 +90,14 @@ def test_the_second_machine_has_a_folder_of_its_own_inside_of_the_runs(tmp_path,
         job.stop()
 
 
+def test_a_machine_without_any_of_the_ranks_asked_for_launches_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("glm3kit.launch.own_addresses", lambda: {"127.0.0.1", "10.0.0.2"})
+    with pytest.raises(JobError, match=r"the 1 ranks asked for are on 10.0.0.1, none on this machine \(10.0.0.2\)"):
+        choose_rank_table(make_config(tmp_path, 1), two_servers())
+    monkeypatch.setattr("glm3kit.launch.own_addresses", lambda: {"127.0.0.1", "10.0.0.1"})
+    assert choose_rank_table(make_config(tmp_path, 1), two_servers()).rank_size == 1
+
+
 def test_the_report_and_the_shell_lines_say_what_would_run(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK_TABLE_FILE", "of another launcher")
     start = plan_launch(make_config(tmp_path / "my folder", 2), local_rank_table(2), port=9321)
