@@ -37,8 +37,8 @@ SYMPTOMS = (
     (r"not successfully spawned|Topology build timed out",
      "Not every rank came: on several machines, was the same command run on each, and does each reach the master's "
      "address and port (a firewall)? On one, the first error in the logs of the other ranks is the cause."),
-    (r"timed out node|Launch kernel failed, name:\S*(?:AllReduce|AllGather|ReduceScatter|Broadcast)|EI0002|EI0006"
-     r"|Cluster is abnormal|SIGTERM",
+    (r"timed out node|Launch kernel failed(?:, name)?:\s*\S*(?:AllReduce|AllGather|ReduceScatter|Broadcast)"
+     r"|EI0002|EI0006|SIGTERM",
      "The connection between ranks broke: another rank or machine failed first, or its link. Look at the logs and the "
      "jobs of the others; then launch again with --resume."),
     (r"(?i)sync stream failed|exec graph \S* ?failed",

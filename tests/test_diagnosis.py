@@ -27,6 +27,8 @@ MESSAGES = [
     ("RuntimeError: The total number of timed out node is 1. Timed out node list is: [const vector]{2}, worker 2 is "
      "the first one timed out, please check its log.", "connection between ranks broke"),
     ("RuntimeError: Launch kernel failed, name:Default/AllReduce-op0", "connection between ranks broke"),
+    ("Launch kernel failed: Default/gradients-Gradients/reduce-ReduceScatter/AllReduce-op9",
+     "connection between ranks broke"),
     ("RuntimeError: Sync stream Failed", "ASCEND_GLOBAL_LOG_LEVEL"),
 ]
 
