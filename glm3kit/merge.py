@@ -23,8 +23,8 @@ from glm3kit.weights import TRAINING_STATE, read_weights, write_weights
 READERS = {".safetensors": read_safetensors, ".ckpt": read_ckpt}
 
 
-def _newest_file(folder: Path) -> dict[tuple[int, int], Path]:
-    """The weights in the folder of a rank by (epoch, step), which MindFormers' names end with: `glm3-1_200.ckpt`."""
+def _by_step(folder: Path) -> dict[tuple[int, int], Path]:
+    """The checkpoints in the folder of a rank, by the (epoch, step) that their names end with: `glm3-1_200.ckpt`."""
     found = {}
     for path in sorted(folder.iterdir()):
         if path.suffix in READERS:
@@ -46,7 +46,7 @@ def rank_files(folder: Path) -> dict[int, Path]:
     for path in folder.glob("rank_*"):
         if re.fullmatch(r"rank_\d+", path.stem) and path.suffix in READERS:
             files[int(path.stem[5:])] = path
-        elif re.fullmatch(r"rank_\d+", path.name) and path.is_dir() and (found := _newest_file(path)):
+        elif re.fullmatch(r"rank_\d+", path.name) and path.is_dir() and (found := _by_step(path)):
             folders[int(path.name[5:])] = found
     if not folders:
         return files
