@@ -11,7 +11,9 @@ from glm3kit.config import load_config
 from glm3kit.errors import CheckpointError, JobError
 from glm3kit.job import Job
 from glm3kit.launch import launch
+from glm3kit.merge import merge
 from glm3kit.metrics import read_metrics
+from glm3kit.weights import random_weights, read_weights
 
 SMALL = ("model.num_layers=1", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.kv_channels=8",
          "train.total_steps=6", "train.save_steps=2", "train.keep_checkpoints=3")
@@ -70,3 +72,21 @@ def test_another_global_batch_is_refused_with_the_numbers(whole, tmp_path):
 def test_a_folder_without_a_checkpoint_cannot_be_resumed(tmp_path):
     with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
         launch(run_of(tmp_path, 1, 1), resume=True)
+
+
+@pytest.mark.ranks
+def test_a_lora_run_goes_on_with_another_layout_and_merges_to_the_same_weights(tmp_path):
+    lora = ("train.lora={rank: 4, targets: [query_key_value, dense, dense_4h_to_h]}",)
+    job = launch(run_of(tmp_path, 2, 1, *lora), progress=False)
+    uninterrupted, expected = losses(job.folder), dict(read_weights(merge(job.folder, tmp_path / "a.safetensors",
+                                                                          progress=False)))
+    forget(job, 4, 6)
+    launch(run_of(tmp_path, 1, 2, *lora), progress=False, resume=True)  # from step 2, by the slices of each matrix
+    np.testing.assert_allclose(losses(job.folder), uninterrupted, rtol=1e-4)
+    merged = read_weights(merge(job.folder, tmp_path / "b.safetensors", progress=False))
+    assert merged.specs.keys() == expected.keys(), "adapters are folded in"
+    start = random_weights(load_config(job.folder / "config.yaml").model, seed=0)
+    for name in merged:
+        np.testing.assert_allclose(merged[name], expected[name], atol=1e-4 * np.abs(expected[name]).max())
+        adapted = name.endswith(("query_key_value.weight", "attention.dense.weight", "dense_4h_to_h.weight"))
+        assert np.array_equal(merged[name], start[name]) != adapted, "what has no adapter stays as it was"
