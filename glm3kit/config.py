@@ -247,6 +247,15 @@ class RunConfig(Part):
         return self
 
     @model_validator(mode="after")
+    def _check_adapters(self) -> "RunConfig":
+        base = self.model.checkpoint_name_or_path
+        if base is None and (self.model.adapters_path or (self.train.lora and self.train.lora.adapters_only)):
+            key = "model.adapters_path" if self.model.adapters_path else "train.lora.adapters_only"
+            raise ValueError(f"{key} is set, but model.checkpoint_name_or_path names no weights to fold adapters into; "
+                             "set it too")
+        return self
+
+    @model_validator(mode="after")
     def _check_evaluation(self) -> "RunConfig":
         if self.train.eval_steps and not self.data.eval_path:
             raise ValueError("train.eval_steps is set, but data.eval_path names no held-out rows; give some, or leave "

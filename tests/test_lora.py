@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from fit_golden import next_token_labels
 from mindspore import Tensor
 
 from glm3kit.checkpoint import load_checkpoint, save_checkpoint
-from glm3kit.config import LoraConfig, ModelConfig, TrainConfig
+from glm3kit.config import LoraConfig, ModelConfig, RunConfig, TrainConfig, load_config
 from glm3kit.errors import CheckpointError, ConfigError
+from glm3kit.held_out import HeldOutLoss
 from glm3kit.lora import add_adapters, fold_adapters, merge_adapters, save_adapters
 from glm3kit.merge import merge
 from glm3kit.model import ChatGLM3
@@ -146,3 +148,23 @@ def test_adapters_of_other_settings_or_another_model_are_refused(trained, golden
         fold_adapters(read_safetensors(file), random_weights(fewer, 0), "adapters")
     with pytest.raises(CheckpointError, match="holds no adapters"):
         load_weights(net, golden / "tiny/hf", adapters=golden / "tiny/hf/model-00001-of-00002.safetensors")
+
+
+def test_dropout_changes_training_and_not_what_is_measured(golden, reference):
+    batches = [(ids, next_token_labels(ids)) for ids in reference["input_ids"][:3]]
+    losses, held_out = {}, []
+    for dropout in (0.0, 0.5):
+        net = pretrained(golden)
+        config = train_config(reference).model_copy(update={"lora": lora_config(reference, dropout=dropout)})
+        losses[dropout] = [record["loss"] for record in fit(net, batches, config)]
+        held_out = [HeldOutLoss(net).mean(batches) for _ in range(2)]
+    assert losses[0.0][0] == pytest.approx(losses[0.5][0], rel=1e-6), "B is zero at first"
+    assert losses[0.0][2] != losses[0.5][2] == pytest.approx(losses[0.0][2], rel=0.05)
+    assert held_out[0] == held_out[1]
+
+
+def test_adapters_without_weights_to_fold_them_into_are_a_fault_of_the_configuration():
+    with pytest.raises(ValueError, match="train.lora.adapters_only is set.*checkpoint_name_or_path names no weights"):
+        RunConfig(train=TrainConfig(lora=LoraConfig(adapters_only=True)))
+    with pytest.raises(ConfigError, match="train.lora.rnk: unknown key; did you mean 'rank'"):
+        load_config(ROOT / "configs/tiny.yaml", ["train.lora.rnk=4"])
