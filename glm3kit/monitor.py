@@ -43,10 +43,10 @@ STYLE = """<style>
 .glm3kit-monitor .glm3kit-succeeded { color: var(--jp-success-color1, #2e7d32); }
 .glm3kit-monitor .glm3kit-failed { color: var(--jp-error-color1, #c62828); }
 .glm3kit-monitor .glm3kit-stopped { color: var(--jp-warn-color1, #b26a00); }
-.glm3kit-monitor dl { display: flex; flex-wrap: wrap; gap: 4px 26px; margin: 4px 0; }
-.glm3kit-monitor dl > div { min-width: 92px; }
-.glm3kit-monitor dt { font-size: 11px; color: var(--jp-ui-font-color2, #616161); }
-.glm3kit-monitor dd { margin: 0; font-size: 15px; font-variant-numeric: tabular-nums; }
+.glm3kit-monitor .glm3kit-numbers { display: flex; flex-wrap: wrap; gap: 4px 28px; margin: 4px 0; }
+.glm3kit-monitor .glm3kit-numbers span { display: block; white-space: nowrap; }
+.glm3kit-monitor .glm3kit-name { font-size: 11px; color: var(--jp-ui-font-color2, #616161); }
+.glm3kit-monitor .glm3kit-value { min-width: 84px; font-size: 15px; font-variant-numeric: tabular-nums; }
 .glm3kit-monitor ul { display: flex; flex-wrap: wrap; gap: 4px 8px; margin: 4px 0; padding: 0; list-style: none; }
 .glm3kit-monitor li { padding: 0 8px; border-radius: 8px; border: 1px solid var(--jp-border-color2, #c4c4c4);
   font-size: 12px; font-variant-numeric: tabular-nums; }
@@ -168,9 +168,11 @@ def numbers_html(progress: Progress) -> str:
     left = "–" if progress.left_s is None else duration(progress.left_s)
     rows = {"step 步": steps, "time left 剩余时间": left, "loss 损失": shown(progress.loss, ".4f"),
             "learning rate 学习率": shown(progress.learning_rate, ".3g"),
-            "tokens/s": shown(progress.tokens_per_second, ",.0f")}
-    cells = (f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in rows.items())
-    return f"<dl>{''.join(cells)}</dl>"
+            "tokens/s 速度": shown(progress.tokens_per_second, ",.0f")}
+    # no <dl>: JupyterLab's own rules let its parts float
+    cells = (f'<div><span class="glm3kit-name">{name}</span><span class="glm3kit-value">{escape(value)}</span></div>'
+             for name, value in rows.items())
+    return f'<div class="glm3kit-numbers">{"".join(cells)}</div>'
 
 
 def ranks_html(progress: Progress) -> str:

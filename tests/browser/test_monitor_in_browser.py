@@ -62,7 +62,7 @@ def test_a_job_is_watched_found_again_after_a_reload_and_stopped(lab, page, tmp_
         ("status", None), ("button", "Stop"), ("button", "Resume")))
     try:
         expect(state).to_have_text("running 运行中")
-        step = box.locator("dd").first
+        step = box.locator(".glm3kit-value").first
         expect(step).to_have_text(re.compile(r"[1-9]\d* / 1000"))
         seen = step.inner_text()
         expect(step).not_to_have_text(seen)  # it moves by itself
