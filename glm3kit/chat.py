@@ -10,12 +10,21 @@ ids of a prompt to an iterator of generated ids, so that a test can script it:
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from glm3kit import cells, transcript
 from glm3kit.errors import Glm3KitError, PromptError
-from glm3kit.prompt import ASSISTANT, TOOLS_PROMPT, answer_content, chat_ids, code_block, has_tools, process_response
+from glm3kit.floor import Floor
+from glm3kit.prompt import (
+    ASSISTANT,
+    TOOLS_PROMPT,
+    answer_content,
+    chat_ids,
+    code_block,
+    has_tools,
+    last_name,
+    process_response,
+)
 from glm3kit.text_stream import answer_texts
 from glm3kit.tokenizer import ChatGLM3Tokenizer
 from glm3kit.tools import TIMEOUT_S, Tool, cut, run_call
@@ -69,9 +78,7 @@ class ChatSession:
         self.tools = [item.to_dict() if isinstance(item, Tool) else item for item in tools or []]
         self._ask_first = False
         self._opening = self._system_turn(system)
-        self._listeners: list[Callable[[], None]] = []
-        self._busy = threading.Lock()  # held while a reply is being generated or a tool runs
-        self._stop = threading.Event()
+        self._floor = Floor()
         self._state = threading.Lock()  # history and pending change together
         self._begin(self._opening)
 
@@ -100,12 +107,12 @@ class ChatSession:
     @property
     def busy(self) -> bool:
         """Whether a reply is being generated or a tool runs."""
-        return self._busy.locked()
+        return self._floor.taken
 
     @property
     def stopped(self) -> bool:
         """Whether `stop` has ended the last reply, or the one being generated will end so."""
-        return self._stop.is_set()
+        return self._floor.stopped
 
     @property
     def progress(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -141,29 +148,18 @@ class ChatSession:
             return len(self.last_prompt_ids) + len(self.last_reply_ids)
         return len(chat_ids(self.history, self.tokenizer)) if self.history else 0
 
-    def _named(self) -> tuple[str, str] | None:
-        """Name and text of the newest message if it names a tool."""
-        last = self.history[-1] if self.history else {}
-        name = (last.get("metadata") or "").strip() if last.get("role") == "assistant" else ""
-        return (name, last["content"]) if name else None
-
     @property
     def pending_code(self) -> str | None:
         """Code with which the model answered last, for the user to run: its message is named `interpreter`."""
-        named = self._named()
-        if named is None or named[0] != INTERPRETER or INTERPRETER in self.functions:
-            return None
-        return code_block(named[1])
+        name, text = last_name(self.history)
+        return code_block(text) if name == INTERPRETER and name not in self.functions else None
 
     @property
     def pending_call(self) -> dict[str, Any] | None:
         """The tool call that the newest message is, as process_response reads it; None if it is none."""
-        named = self._named()
-        if named is None or self.pending_code is not None:
-            return None
-        content = answer_content(*named, has_tools(self.history))
-        assert isinstance(content, dict)
-        return content
+        name, text = last_name(self.history)
+        content = answer_content(name, text, has_tools(self.history))
+        return content if isinstance(content, dict) and self.pending_code is None else None
 
     def can_run(self, call: Mapping[str, Any]) -> bool:
         """Whether `run_tools` would answer a call; else you do, as observation."""
@@ -172,8 +168,7 @@ class ChatSession:
 
     def observe(self, changed: Callable[[], None]) -> Callable[[], None]:
         """Call `changed`, from any thread, after every change; return a function that ends that."""
-        self._listeners.append(changed)
-        return lambda: self._listeners.remove(changed)
+        return self._floor.observe(changed)
 
     @property
     def ask_first(self) -> bool:
@@ -183,40 +178,20 @@ class ChatSession:
     @ask_first.setter
     def ask_first(self, ask_first: bool) -> None:
         self._ask_first = ask_first
-        self._tell()
-
-    def _tell(self) -> None:
-        for changed in list(self._listeners):
-            changed()
+        self._floor.tell()
 
     # changing the conversation without the model
 
-    def _claim(self, what: str) -> None:
-        if not self._busy.acquire(blocking=False):
-            raise Glm3KitError(
-                f"{what}: this session is still generating a reply; "
-                "read its stream to the end, close it, or call session.stop() first"
-            )
-
-    @contextmanager
-    def _change(self, what: str) -> Iterator[None]:
-        self._claim(f"cannot {what}")
-        try:
-            yield
-        finally:
-            self._busy.release()
-            self._tell()
-
     def stop(self) -> None:
         """End the reply after its next token, or the waiting for a tool, from any thread; what was said is kept."""
-        self._stop.set()
+        self._floor.stop()
 
     def clear(self) -> None:
         """Forget the conversation but for the system turn it was opened with.
 
         Raises Glm3KitError while a reply is being generated, as all changes do.
         """
-        with self._change("clear the conversation"):
+        with self._floor.take("cannot clear the conversation"):
             self._begin(self._opening)
 
     def set_system(self, text: str) -> None:
@@ -224,14 +199,14 @@ class ChatSession:
 
         "" takes the turn away, or with tools gives it its default text.
         """
-        with self._change("change the system turn"):
+        with self._floor.take("cannot change the system turn"):
             self._opening = self._system_turn(text.strip() or None)
             rest = self.history[1:] if self.history and self.history[0]["role"] == "system" else self.history
             self._begin(self._opening + rest)
 
     def set_sampling(self, **options: Any) -> None:
         """Change options of generation, from the next reply on."""
-        with self._change("change the sampling"):
+        with self._floor.take("cannot change the sampling"):
             self.sampling = (self.sampling or {}) | options
 
     def _spoken(self) -> int:
@@ -244,7 +219,7 @@ class ChatSession:
 
     def undo(self) -> dict[str, Any]:
         """Take back the newest message to the model and what was answered; return that message."""
-        with self._change("undo"):
+        with self._floor.take("cannot undo"):
             at = self._spoken()
             taken = self.history[at]
             self._begin(self.history[:at])
@@ -252,7 +227,7 @@ class ChatSession:
 
     def rewrite(self, at: int, text: str) -> None:
         """Let an answer have said something else; what came after it is dropped. at: its place in the history."""
-        with self._change("rewrite an answer"):
+        with self._floor.take("cannot rewrite an answer"):
             if not 0 <= at < len(self.history) or self.history[at]["role"] != "assistant":
                 raise PromptError(f"message {at} is no answer; to say something else, use stream(text, role, at={at})")
             self._begin([*self.history[:at], self.history[at] | {"content": text}])
@@ -260,7 +235,7 @@ class ChatSession:
     def load(self, text: str) -> None:
         """Go on from a transcript, JSON or Markdown. Raises DataError for a text that is none."""
         history = transcript.read_transcript(text)
-        with self._change("load a conversation"):
+        with self._floor.take("cannot load a conversation"):
             self._begin(history)
 
     def transcript(self) -> str:
@@ -351,18 +326,15 @@ class ChatSession:
     def _hold(self, what: str, steps: Iterator[str]) -> Iterator[str]:
         """Take some steps with the session claimed. The first is taken at once: what is wrong shows here."""
         def held() -> Iterator[str]:
-            self._claim(what)
-            try:
-                self._stop.clear()
-                self.error = self.unsent = None
-                yield from steps
-            except Exception as err:
-                self.error = err
-                raise
-            finally:
-                self._pending = self.running_tool = None
-                self._busy.release()
-                self._tell()
+            with self._floor.take(what):
+                try:
+                    self.error = self.unsent = None
+                    yield from steps
+                except Exception as err:
+                    self.error = err
+                    raise
+                finally:
+                    self._pending = self.running_tool = None
 
         holding = held()
         next(holding)
@@ -376,7 +348,7 @@ class ChatSession:
             self.last_reply_ids, self._token_times = [], (0.0, 0.0)
             asked = [*history, message]
             self._pending = asked, ""
-            self._tell()
+            self._floor.tell()
             try:
                 yield ""
                 yield from self._generate(asked)
@@ -397,14 +369,14 @@ class ChatSession:
             if call is None or not self.can_run(call) or (approve is not None and not approve(call)):
                 return
             self.running_tool = call["name"]
-            self._tell()
+            self._floor.tell()
             try:
-                observation = run_call(self.functions, call, timeout_s, self._stop.is_set)
+                observation = run_call(self.functions, call, timeout_s, lambda: self._floor.stopped)
             except InterruptedError:  # by `stop`: the call stays unanswered
                 return
             self.running_tool = None
             yield from self._turn({"role": "observation", "content": observation})
-            if self._stop.is_set():
+            if self._floor.stopped:
                 return
 
     def _generate(self, asked: list[dict[str, Any]]) -> Iterator[str]:
@@ -413,7 +385,7 @@ class ChatSession:
         try:
             for said in answer_texts(self.tokenizer, self._until_stop(source)):
                 self._pending = asked, said
-                self._tell()
+                self._floor.tell()
                 shown = said.replace(ASSISTANT, "\n").strip()
                 if len(shown) > told:
                     yield shown[told:]
@@ -431,7 +403,7 @@ class ChatSession:
             self.last_reply_ids.append(token)
             yield token
             used = len(self.last_prompt_ids) + len(self.last_reply_ids)
-            if self._stop.is_set() or (self.seq_length is not None and used >= self.seq_length):
+            if self._floor.stopped or (self.seq_length is not None and used >= self.seq_length):
                 return
 
     def _append(self, asked: list[dict[str, Any]]) -> None:

@@ -218,6 +218,13 @@ def has_tools(history: Sequence[Any]) -> bool:
     return first.get("role") == "system" and "tools" in first
 
 
+def last_name(history: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Name and text of the newest message if it names a tool or the like; else two empty texts."""
+    last = history[-1] if history else {}
+    name = (last.get("metadata") or "").strip() if last.get("role") == "assistant" else ""
+    return (name, last["content"]) if name else ("", "")
+
+
 def answer_content(metadata: str, text: str, tools: bool) -> str | dict[str, Any]:
     """What one assistant's message says: a text, or the dict of a named part (see process_response).
 
