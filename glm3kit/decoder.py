@@ -8,6 +8,7 @@ makes a token a call. What the cache still holds of an earlier prompt need not b
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import RLock
 
 import mindspore as ms
 import numpy as np
@@ -17,6 +18,7 @@ from glm3kit.attention import MASKED
 from glm3kit.model import ChatGLM3
 from glm3kit.parallel import on_ascend
 
+_LENDING = RLock()  # held while a decoder leaves or joins the idle ones: streams may run in threads
 SHORTEST_PREFILL = 64  # tokens; padding a shorter prompt costs less than compiling one more graph
 
 Step = tuple[Tensor, Tensor, Tensor, Tensor]  # what Decoder returns
@@ -156,13 +158,12 @@ def lend_decoder(net: ChatGLM3, batch_size: int, owner: object = None) -> Iterat
         owner a decoder holds nothing.
     An idle one whose weights have been replaced is dropped: its graphs would go on with those of before.
     """
-    idle = net.decoders.setdefault(batch_size, [])
-    addresses = _weight_addresses(net)
-    idle.sort(key=lambda decoder: owner is not None and decoder.owner is owner)  # its own last: taken first
-    try:
-        while (decoder := idle.pop()).addresses != addresses:
-            pass
-    except IndexError:
+    idle, addresses = net.decoders.setdefault(batch_size, []), _weight_addresses(net)
+    with _LENDING:
+        idle[:] = [decoder for decoder in idle if decoder.addresses == addresses]
+        place = next((i for i, decoder in enumerate(idle) if owner is not None and decoder.owner is owner), -1)
+        decoder = idle.pop(place) if idle else None
+    if decoder is None:
         decoder = Decoder(net, batch_size)
     if owner is None or decoder.owner is not owner:
         decoder.held = []
@@ -170,4 +171,5 @@ def lend_decoder(net: ChatGLM3, batch_size: int, owner: object = None) -> Iterat
     try:
         yield decoder
     finally:
-        idle.append(decoder)
+        with _LENDING:
+            idle.append(decoder)
