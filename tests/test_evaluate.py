@@ -9,6 +9,7 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 import pytest
+from mindspore import nn
 
 from glm3kit.config import DataConfig, GenerateConfig, ModelConfig, RunConfig, TrainConfig
 from glm3kit.errors import DataError
@@ -29,10 +30,11 @@ ROWS = [{"content": "类型#裙*颜色#红色", "summary": "这条红色的裙�
         {"content": "类型#裤*颜色#黑色", "summary": "黑色的裤子。"}]
 
 
-class ScriptedNet:
-    """A model that answers each ADGEN row as told, and whose loss is the mean of the labels that count."""
+class ScriptedNet(nn.Cell):
+    """A model that answers each ADGEN row as told, and whose loss is the sum of the labels that count."""
 
     def __init__(self, tokenizer, answers, stop_id=2):
+        super().__init__()
         self.answers = {tuple(tokenizer.encode(source)): tokenizer.encode(answer, add_special_tokens=False)
                         for source, answer in answers.items()}
         self.stop_id = stop_id
@@ -42,9 +44,8 @@ class ScriptedNet:
         self.batches.append((len(prompts), max_new_tokens, tuple(eos_token_id)))
         return [np.array([*prompt, *self.answers[tuple(prompt)], self.stop_id], np.int32) for prompt in prompts]
 
-    def loss(self, input_ids, labels):
-        counted = (labels >= 0).astype(ms.float32)
-        return (labels.astype(ms.float32) * counted).sum() / counted.sum()
+    def loss_sum(self, input_ids, labels, segment_ids=None):
+        return (labels.astype(ms.float32) * (labels >= 0).astype(ms.float32)).sum()
 
 
 @pytest.fixture(scope="module")

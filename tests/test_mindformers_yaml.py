@@ -69,7 +69,8 @@ def test_sizes_types_and_paths_are_read(write):
         "num_layers": 3, "padded_vocab_size": 65024, "hidden_size": 64, "ffn_hidden_size": 176, "kv_channels": 16,
         "num_attention_heads": 4, "multi_query_group_num": 2, "layernorm_epsilon": 1e-6, "seq_length": 96,
         "param_dtype": "bfloat16", "compute_dtype": "float32", "checkpoint_name_or_path": "/weights/glm3_6b.ckpt",
-        "tokenizer_path": "/weights/tokenizer.model", "adapters_path": None}
+        "tokenizer_path": "/weights/tokenizer.model", "adapters_path": None,
+            "use_flash_attention": False}
 
 
 def test_all_that_has_no_use_here_is_named_in_one_warning(write):
