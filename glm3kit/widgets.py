@@ -5,7 +5,7 @@ another cell, or after the page was reloaded. The page asks for something ("send
 every widget on that session is told. A reply is generated in a thread of its own, because what the page asks for is
 served by the kernel's main thread.
 
-    session = ChatSession(tokenizer, net.stream, seq_length=2048, sampling={"top_k": 1})
+    session = ChatSession(tokenizer, net.conversation(), seq_length=2048, sampling={"top_k": 1})
     chat_widget(session)
 """
 
@@ -220,6 +220,6 @@ def chat_widget(session: ChatSession) -> ChatWidget:
     """Return a chat cell for a session: messages, roles, tools, settings, and what else a conversation needs.
 
     Displaying it again, or calling this again after the page was reloaded, shows the same conversation.
-    Example: chat_widget(ChatSession(tokenizer, net.stream))
+    Example: chat_widget(ChatSession(tokenizer, net.conversation()))
     """
     return ChatWidget(session)
