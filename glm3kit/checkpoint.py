@@ -8,7 +8,6 @@ when all ranks are done, so a folder with the right name is whole, unless someth
     load_checkpoint(usable_checkpoint("output/tiny", topology), net, trainer, topology)
 """
 
-import errno
 import json
 import os
 import re
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm3kit.errors import CheckpointError
-from glm3kit.files import atomic_write, sync
+from glm3kit.files import FULL, atomic_write, sync
 from glm3kit.layout import Layout, whole_tensors
 from glm3kit.lora import saved_parameters
 from glm3kit.safetensors_file import read_safetensors, write_safetensors
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 
 COMPLETE = "complete.json"
 STRATEGY = "strategy.json"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, a limit on the size of files
 
 
 def rank_file(rank: int) -> str:

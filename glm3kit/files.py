@@ -3,6 +3,7 @@
     atomic_write("job.json", json.dumps(state))
 """
 
+import errno
 import io
 import os
 import shutil
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, a limit on the size of files
 WRITEBACK = 32 << 20  # bytes of a file after which the system is asked to write them
 
 

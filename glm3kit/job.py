@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from glm3kit.config import load_config
 from glm3kit.errors import JobError
-from glm3kit.files import atomic_write
+from glm3kit.files import FULL, atomic_write
 
 LIVE = ("starting", "running")  # the other states are final: succeeded, failed, stopped
 JOB_VARIABLE = "GLM3KIT_JOB"  # in the environment of every process that a job starts: the job's folder
@@ -115,8 +115,15 @@ def rank_process(folder: str | Path) -> Iterator[None]:
     record = {"pid": os.getpid(), "started": now()}
 
     def leave(exit_code: int, error: str | None) -> None:
-        end = {"ended": now(), "exit_code": exit_code, "error": error}
-        atomic_write(path, json.dumps(record | end, ensure_ascii=False))
+        text = json.dumps(record | {"ended": now(), "exit_code": exit_code, "error": error}, ensure_ascii=False)
+        for _ in range(10):
+            try:
+                return atomic_write(path, text)
+            except OSError as err:
+                if err.errno not in FULL:
+                    raise
+                time.sleep(0.2)  # another rank is about to remove what it could not write whole
+        atomic_write(path, text)
 
     faulthandler.register(STACKS_SIGNAL, file=sys.__stderr__)
     atomic_write(path, json.dumps(record))

@@ -137,7 +137,8 @@ class Supervisor:
             return None
         silent = [name for name in unfinished if name in gone]
         if not codes and self.culprit not in unfinished:
-            self.culprit = next(iter(silent), None)
+            # The scheduler may end without a record because a rank has failed; it is the cause where none has.
+            self.culprit = next((name for name in silent if name in self.names or not failed), None)
         own_death = [name for name in unfinished if name in codes or name == self.culprit]
         by_time = sorted(failed, key=lambda name: (name == "scheduler", records[name]["ended"]))
         name = next(iter(own_death + by_time + silent), None)

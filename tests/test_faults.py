@@ -197,12 +197,14 @@ def test_a_rank_that_raises_ends_the_job(run, tmp_path, monkeypatch):
 def test_a_full_disk_at_a_checkpoint_ends_the_job_and_costs_nothing_that_was_saved(run):
     run.go_on()
     ballast = run.fill_disk()
-    reason = run.fail()
+    try:
+        reason = run.fail()
+    finally:
+        ballast.unlink(missing_ok=True)
     assert re.search(r"rank [01] of 2 failed with exit code 1: CheckpointError: .*step_\d+: cannot be written: "
                      r"(No space left on device|File too large), .* lower train.keep_checkpoints", reason)
     assert [path for path in (run.folder / "checkpoint").iterdir() if path not in checkpoints(run.folder)] == []
     assert damage(checkpoints(run.folder)[-1]) is None
-    ballast.unlink(missing_ok=True)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(run):

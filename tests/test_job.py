@@ -1,11 +1,13 @@
 """Jobs: started, watched, stopped and found again; what a dead or failing rank does to them."""
 
+import errno
 import functools
 import json
 import os
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -13,10 +15,11 @@ import pytest
 import glm3kit.launch
 from glm3kit.config import RunConfig, load_config
 from glm3kit.errors import JobError
+from glm3kit.files import atomic_write
 from glm3kit.job import Job, is_running, job_processes, rank_process
 from glm3kit.launch import launch, plan_launch, start_job
 from glm3kit.rank_table import local_rank_table, read_rank_table
-from glm3kit.supervisor import describe_exit
+from glm3kit.supervisor import Supervisor, describe_exit
 
 # A rank without a model. `behaviour` is what rank `who` does, the others sleep (or end, for "succeed").
 RANK = '''
@@ -294,6 +297,24 @@ def test_a_rank_records_how_it_ends(tmp_path, monkeypatch, ending, code, error):
     assert (record["pid"], record["exit_code"], record["error"]) == (os.getpid(), code, error)
 
 
+def test_a_rank_records_how_it_ends_on_a_disk_that_was_just_full(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK_ID", "2")
+    monkeypatch.delenv("MS_ROLE", raising=False)
+    left = 3
+
+    def full(path, text):
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        atomic_write(path, text)
+
+    with pytest.raises(ValueError, match="boom"), rank_process(tmp_path):
+        monkeypatch.setattr("glm3kit.job.atomic_write", full)
+        raise ValueError("boom")
+    assert json.loads((tmp_path / "log/rank_2.json").read_text())["error"] == "ValueError: boom"
+
+
 def test_the_scheduler_leaves_no_record_of_a_rank(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK_ID", "0")
     monkeypatch.setenv("MS_ROLE", "MS_SCHED")
@@ -345,6 +366,29 @@ def test_the_death_of_msrun_or_scheduler_ends_the_job(start, victim, message):
     assert message in reason_of(job)
     assert time.monotonic() - killed < 10
     assert nothing_runs(job)
+
+
+@pytest.mark.parametrize("rank_ended, named", [("before", "rank 1 of 2 failed with exit code 1: ValueError: boom"),
+                                               ("after", "scheduler ended without a word")])
+def test_a_scheduler_without_a_word_is_the_cause_only_where_no_rank_failed_before(tmp_path, monkeypatch, rank_ended,
+                                                                                  named):
+    monkeypatch.setattr("glm3kit.supervisor.GRACE_S", 0.2)
+    monkeypatch.setattr("glm3kit.supervisor.is_running", lambda mark: mark["create_time"] > 0)
+    start = plan_launch(make_config(tmp_path, 2), local_rank_table(2))
+    supervisor = Supervisor(tmp_path, start.plan, [], None)
+    supervisor.launcher = SimpleNamespace(poll=lambda: None, pid=os.getpid())
+    (tmp_path / "log").mkdir()
+    alive, gone = {"pid": 2**22 + 1, "create_time": 1.0}, {"pid": 2**22 + 1, "create_time": 0.0}
+    supervisor.state["processes"] |= {"msrun": alive, "scheduler": alive, "rank_0": alive, "rank_1": alive}
+    end = {"pid": 2**22 + 1, "exit_code": 1, "error": "ValueError: boom", "ended": "2024-01-01T00:00:00"}
+    for what in ("rank", "scheduler") if rank_ended == "before" else ("scheduler", "rank"):
+        if what == "rank":  # it has left its record and is about to end
+            (tmp_path / "log/rank_1.json").write_text(json.dumps(end))
+        else:
+            supervisor.state["processes"]["scheduler"] = gone
+        assert supervisor.failure() is None, "all about it may not be known yet"
+    time.sleep(0.3)
+    assert supervisor.failure().startswith(named)
 
 
 @pytest.mark.ranks

@@ -11,6 +11,7 @@ import pytest
 
 from glm3kit.config import RunConfig
 from glm3kit.errors import JobError
+from glm3kit.files import atomic_write
 from glm3kit.job import Job, process_mark
 from glm3kit.launch import plan_launch, start_job
 from glm3kit.monitor import MonitorView, ProgressReader, duration, ranks_html, state_html, training_monitor
@@ -25,7 +26,7 @@ def write_job(folder, state="running", ranks=2, **more):
     (folder / "log").mkdir(parents=True, exist_ok=True)
     content = {"state": state, "reason": None, "processes": {"supervisor": mark} | dict.fromkeys(names, mark),
                "exit_codes": dict.fromkeys(names), "rank_size": ranks} | more
-    (folder / "job.json").write_text(json.dumps(content))
+    atomic_write(folder / "job.json", json.dumps(content))
     for name in names:
         (folder / "log" / f"{name}.log").touch()
     return Job(folder)
