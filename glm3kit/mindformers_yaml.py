@@ -13,8 +13,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from glm3kit.config import ARCHITECTURE, ModelConfig, faults_of, is_mindformers, load_config, read_yaml
+from glm3kit.config import ARCHITECTURE, ModelConfig, faults_of, is_mindformers, load_config
 from glm3kit.errors import ConfigError
+from glm3kit.yaml_file import read_yaml
 
 MODEL = ("model", "model_config")  # where the file has the model
 WEIGHTS, VOCABULARY = (*MODEL, "checkpoint_name_or_path"), ("processor", "tokenizer", "vocab_file")
