@@ -12,6 +12,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
 from glm3kit.config import ModelConfig
+from glm3kit.dropout import Dropout
 from glm3kit.parallel import CopyToSlices, SumOfSlices, Topology
 
 _draws = ContextVar("draws", default=True)
@@ -73,15 +74,15 @@ class Adapter(nn.Cell):
     """LoRA beside a matrix W (out, in): adds alpha / rank * (x A^T) B^T (https://arxiv.org/abs/2106.09685).
 
     lora_a: A (rank, in), lora_b: B (out, rank), lora_alpha: (). Under tensor parallelism B or A is cut where W is.
-    between: what x A^T (N, rank) passes through, the ranks' exchange of a `Linear`.
+    dropout: of x (N, in). between: what x A^T (N, rank) passes through, the ranks' exchange of a `Linear`.
     """
 
-    def __init__(self, lora_a: Parameter, lora_b: Parameter, lora_alpha: Parameter, dropout: float, dtype: ms.Type,
-                 between: nn.Cell):
+    def __init__(self, lora_a: Parameter, lora_b: Parameter, lora_alpha: Parameter, dropout: Dropout | None,
+                 dtype: ms.Type, between: nn.Cell):
         super().__init__()
         self.lora_a, self.lora_b, self.lora_alpha = lora_a, lora_b, lora_alpha
         self.rank, self.dtype, self.between = lora_a.shape[0], dtype, between
-        self.dropout = nn.Dropout(p=dropout) if dropout else None
+        self.dropout = dropout
         self.matmul = ops.MatMul(transpose_b=True)
 
     def construct(self, x: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ def add_adapters(net: "ChatGLM3", lora: LoraConfig, seed: int = 0) -> None:
     """
     from mindspore import Parameter, Tensor
 
+    from glm3kit.dropout import Dropout, mask_key
     from glm3kit.layers import Adapter
     from glm3kit.model import slicing
 
@@ -66,6 +67,7 @@ def add_adapters(net: "ChatGLM3", lora: LoraConfig, seed: int = 0) -> None:
         parameter.requires_grad = parameter.name.endswith((".lora_a", ".lora_b"))
     if has:
         return
+    key = mask_key()
     for place, (name, linear) in enumerate(linears.items()):
         out_size, in_size = linear.weight.shape
         cut = slicing(f"{name}.lora_a", net.cfg)
@@ -77,9 +79,16 @@ def add_adapters(net: "ChatGLM3", lora: LoraConfig, seed: int = 0) -> None:
         b = np.zeros((out_size, lora.rank), np.float32)
         parameters = [Parameter(Tensor(a)), Parameter(Tensor(b)),
                       Parameter(Tensor(np.float32(lora.alpha)), requires_grad=False)]
-        linear.adapter = Adapter(*parameters, lora.dropout, linear.dtype, linear.copy or linear.sum)
+        dropout = Dropout(lora.dropout, key, place, topology, sliced=cut is not None) if lora.dropout else None
+        linear.adapter = Adapter(*parameters, dropout, linear.dtype, linear.copy or linear.sum)
         for parameter, suffix in zip(parameters, ADAPTER, strict=True):
             parameter.name = name + suffix
+
+
+def dropout_key(net: "ChatGLM3") -> "Parameter | None":
+    """What the masks of a model's adapters depend on (see glm3kit.dropout), None where they drop nothing."""
+    adapters = (linear.adapter for linear in adapted_linears(net).values() if linear.adapter)
+    return next((adapter.dropout.key for adapter in adapters if adapter.dropout), None)
 
 
 def _update(adapters: Mapping[str, np.ndarray], matrix: str) -> np.ndarray:

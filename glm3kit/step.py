@@ -8,6 +8,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from glm3kit.layout import copies_of
+from glm3kit.lora import dropout_key
 from glm3kit.model import IGNORE_INDEX, ChatGLM3, slicing
 from glm3kit.optimizer import AdamW, clip_factor
 from glm3kit.parallel import ReduceScatter, SumOfCopies, Topology, WorldSum
@@ -42,6 +43,7 @@ class Gradients(nn.Cell):
         super().__init__(auto_prefix=False)
         self.loss, self.packed_loss = SummedLoss(net), PackedLoss(net)
         self.parameters = ParameterTuple(net.trainable_params())
+        self.dropout_key = dropout_key(net)  # a graph finds only parameters that a cell holds
         self.backward = ops.GradOperation(get_by_list=True, sens_param=True)
         self.reduce = ReduceScatter(topology)
         self.copies = nn.CellList([SumOfCopies(topology, cut) if cut and copies_of(cut, topology.tensor_parallel)[1] > 1

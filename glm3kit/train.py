@@ -19,6 +19,7 @@ from mindspore import Tensor
 from glm3kit.checkpoint import STRATEGY, load_checkpoint, save_checkpoint, usable_checkpoint, weight_layouts
 from glm3kit.config import RunConfig, TrainConfig
 from glm3kit.data import Batches, prepare_data
+from glm3kit.dropout import set_key
 from glm3kit.errors import CheckpointError, DataError, JobError
 from glm3kit.heartbeat import Heartbeat
 from glm3kit.held_out import HeldOutLoss
@@ -51,6 +52,7 @@ class Trainer:
         # Losses are summed; about this share of the sum is the mean that a loss scale is meant for.
         self.share = 1 / (config.batch_size * net.cfg.seq_length)
         gradients, totals = Gradients(net, topology), Totals(net, topology)
+        self.dropout_key = gradients.dropout_key
         self.optimizer = AdamW(net, config, topology)
         # One graph where nothing can keep the update from happening; else the host decides between two.
         self.fused = config.gradient_accumulation_steps == 1 and config.loss_scale is None
@@ -74,6 +76,11 @@ class Trainer:
         self.step = state["step"]
         self.scale.value, self.scale.good_steps = state["loss_scale"], state["good_steps"]
 
+    def draw_masks(self, micro_step: int) -> None:
+        """Have adapters drop what belongs to this micro-step of this step, also after a resume."""
+        if self.dropout_key is not None:
+            set_key(self.dropout_key, self.config.seed, self.step, micro_step)
+
     def advance(self, batches: list[Batch]) -> dict:
         """One step over gradient_accumulation_steps micro-batches -> its record.
 
@@ -84,10 +91,12 @@ class Trainer:
         scalars = [Tensor(x, ms.float32) for x in bias_corrected(self.step + 1, rate, self.config)]
         scale = Tensor(self.scale.value * self.share, ms.float32)
         if self.fused:
+            self.draw_masks(0)
             input_ids, labels, *segment_ids = map(Tensor, batches[0])
             totals = self.whole_step(input_ids, labels, scale, *scalars, *segment_ids).asnumpy()
         else:
             for i, batch in enumerate(batches):
+                self.draw_masks(i)
                 input_ids, labels, *segment_ids = map(Tensor, batch)
                 sums = self.accumulate(input_ids, labels, scale, Tensor(min(i, 1), ms.int32), *segment_ids)
             totals = sums.asnumpy()

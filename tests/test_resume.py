@@ -76,7 +76,7 @@ def test_a_folder_without_a_checkpoint_cannot_be_resumed(tmp_path):
 
 @pytest.mark.ranks
 def test_a_lora_run_goes_on_with_another_layout_and_merges_to_the_same_weights(tmp_path):
-    lora = ("train.lora={rank: 4, targets: [query_key_value, dense, dense_4h_to_h]}",)
+    lora = ("train.lora={rank: 4, dropout: 0.2, targets: [query_key_value, dense, dense_4h_to_h]}",)
     job = launch(run_of(tmp_path, 2, 1, *lora), progress=False)
     uninterrupted, expected = losses(job.folder), dict(read_weights(merge(job.folder, tmp_path / "a.safetensors",
                                                                           progress=False)))
