@@ -5,13 +5,14 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor
+from mindspore import Tensor, ops
 
 from glm3kit.attention import rotary_tables, rotation_matrix
 from glm3kit.config import ModelConfig
 from glm3kit.decoder import Decoder
 from glm3kit.layers import RMSNorm
 from glm3kit.model import AutoModel, ChatGLM3
+from glm3kit.step import PackedLoss, SummedLoss
 from glm3kit.weights import hf_name, load_weights, parameter_shapes
 
 FLOAT32 = {"param_dtype": "float32", "compute_dtype": "float32"}
@@ -164,8 +165,11 @@ def test_from_config_loads_the_weights_that_the_configuration_names(golden, refe
     np.testing.assert_allclose(logits, reference["forward.logits"], rtol=0, atol=2e-4)
 
 
-def test_flash_attention_gets_ascends_layout_and_gives_the_same_logits(golden, reference, monkeypatch):
-    """A stand-in for ops.flash_attention_score, held to its documentation: half precision, BNSD, True hides."""
+@pytest.fixture
+def flash_calls(monkeypatch):
+    """Puts a stand-in in the place of ops.flash_attention_score, held to its documentation: half precision, BNSD,
+    True hides. Returns the shapes of the masks that it is given.
+    """
     calls = []
 
     def stand_in(query, key, value, head_num, attn_mask, scalar_value, input_layout):
@@ -175,15 +179,18 @@ def test_flash_attention_gets_ascends_layout_and_gives_the_same_logits(golden, r
         assert query.dtype == key.dtype == value.dtype == ms.float16 and attn_mask.dtype == ms.bool_
         assert attn_mask.shape in ((T, S), (B, 1, T, S))
         calls.append(attn_mask.shape)
-        key, value = (x.asnumpy().astype(np.float32).repeat(H // G, axis=1) for x in (key, value))
-        scores = query.asnumpy().astype(np.float32) @ key.swapaxes(2, 3) * scalar_value
-        scores = np.where(attn_mask.asnumpy(), -np.inf, scores)
-        probs = np.exp(scores - scores.max(-1, keepdims=True))
-        return Tensor((probs / probs.sum(-1, keepdims=True) @ value).astype(np.float16))
+        key, value = (ops.repeat_interleave(x.astype(ms.float32), H // G, axis=1) for x in (key, value))
+        scores = ops.matmul(query.astype(ms.float32), key.swapaxes(2, 3)) * scalar_value
+        probs = ops.softmax(ops.masked_fill(scores, attn_mask, -1e30), -1)
+        return ops.matmul(probs, value).astype(ms.float16)
 
-    hub = golden / "tiny" / "hf"
     monkeypatch.setattr("glm3kit.attention.on_ascend", lambda: True)
     monkeypatch.setattr("mindspore.ops.flash_attention_score", stand_in)
+    return calls
+
+
+def test_flash_attention_gets_ascends_layout_and_gives_the_same_logits(golden, reference, flash_calls):
+    hub = golden / "tiny" / "hf"
     fused = ChatGLM3(ModelConfig.from_hf(hub / "config.json", use_flash_attention=True))
     load_weights(fused, hub)
     ids = Tensor(reference["forward.input_ids"])
@@ -191,6 +198,26 @@ def test_flash_attention_gets_ascends_layout_and_gives_the_same_logits(golden, r
     padded, mask = Tensor(reference["padded.input_ids"]), Tensor(reference["padded.attention_mask"])
     np.testing.assert_allclose(fused(padded, mask).asnumpy()[:, -1], reference["padded.last_logits"], atol=2e-2)
     (B, T), layers = padded.shape, fused.cfg.num_layers
-    assert calls == [(ids.shape[1],) * 2] * layers + [(B, 1, T, T)] * layers
+    assert flash_calls == [(ids.shape[1],) * 2] * layers + [(B, 1, T, T)] * layers
     with pytest.raises(ValueError, match="use_flash_attention is true, but compute_dtype is float32"):
         ModelConfig(use_flash_attention=True, compute_dtype="float32")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_flash_attention_gives_the_same_gradients(golden, reference, flash_calls, packed):
+    hub = golden / "tiny" / "hf"
+    ids = reference["forward.input_ids"].astype(np.int32)
+    segments = [Tensor(np.broadcast_to(1 + np.arange(ids.shape[1]) // 7, ids.shape).astype(np.int32))] * packed
+    gradients = []
+    for flash in (False, True):
+        net = ChatGLM3(ModelConfig.from_hf(hub / "config.json", param_dtype="float32", compute_dtype="float16",
+                                           use_flash_attention=flash))
+        load_weights(net, hub)
+        loss = (PackedLoss if packed else SummedLoss)(net)
+        backward = ops.GradOperation(get_by_list=True)(loss, ms.ParameterTuple(net.trainable_params()))
+        inputs = Tensor(ids[:, :-1]), Tensor(ids[:, 1:]), *(segment[:, :-1] for segment in segments)
+        gradients.append([gradient.asnumpy() for gradient in backward(*inputs)])
+        names = [parameter.name for parameter in net.trainable_params()]
+    assert len(flash_calls) == net.cfg.num_layers
+    for name, plain, fused in zip(names, *gradients, strict=True):
+        assert np.linalg.norm(fused - plain) < 5e-3 * np.linalg.norm(plain), name
