@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from glm3kit.errors import DataError
+from glm3kit.token_file import IGNORE_INDEX
 
-IGNORE_INDEX = -100  # a label that carries no loss
 NOTEBOOKS = (
     ("01_setup_check", "Check the setup", "环境检查"),
     ("02_weight_conversion", "Convert the weights", "权重转换"),

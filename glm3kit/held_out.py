@@ -10,8 +10,9 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from glm3kit.errors import DataError
-from glm3kit.model import IGNORE_INDEX, ChatGLM3
+from glm3kit.model import ChatGLM3
 from glm3kit.parallel import ALONE, Topology, WorldSum
+from glm3kit.token_file import IGNORE_INDEX
 
 
 class HeldOutLoss(nn.Cell):

@@ -21,11 +21,11 @@ from glm3kit.errors import ConfigError
 from glm3kit.layers import MLP, Embedding, Linear, RMSNorm, undrawn_weights
 from glm3kit.layout import Slicing
 from glm3kit.parallel import ALONE, GatherSlices, SumOfSlices, Topology, on_ascend
+from glm3kit.token_file import IGNORE_INDEX
 
 if TYPE_CHECKING:  # it imports this module
     from glm3kit.generate import Conversation
 
-IGNORE_INDEX = -100  # a label that carries no loss
 
 
 def slicing(name: str, cfg: ModelConfig) -> Slicing | None:

@@ -9,9 +9,10 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from glm3kit.layout import copies_of
 from glm3kit.lora import dropout_key
-from glm3kit.model import IGNORE_INDEX, ChatGLM3, slicing
+from glm3kit.model import ChatGLM3, slicing
 from glm3kit.optimizer import AdamW, clip_factor
 from glm3kit.parallel import ReduceScatter, SumOfCopies, Topology, WorldSum
+from glm3kit.token_file import IGNORE_INDEX
 
 
 class SummedLoss(nn.Cell):

@@ -8,10 +8,14 @@ from conftest import ROOT
 
 from glm3kit.checkpoint import checkpoints
 from glm3kit.config import ModelConfig, load_config
+from glm3kit.data import encode_conversation
 from glm3kit.errors import JobError
 from glm3kit.launch import launch
 from glm3kit.merge import merge
 from glm3kit.metrics import read_metrics
+from glm3kit.token_file import IGNORE_INDEX
+from glm3kit.tokenizer import ChatGLM3Tokenizer
+from glm3kit.train import run_rank
 from glm3kit.weights import parameter_shapes, random_weights, read_weights
 
 SMALL = ("model.num_layers=1", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.kv_channels=8",
@@ -92,3 +96,27 @@ def test_weights_of_another_model_fail_the_run_with_the_reason(tmp_path):
     with pytest.raises(JobError, match="vocabulary of 64 rows.*set padded_vocab_size"):
         launch(config, progress=False)
     assert json.loads((config.job_dir / "job.json").read_text())["state"] == "failed"
+
+
+def test_full_fine_tuning_on_conversations_with_tools_learns_what_the_assistant_says(tmp_path):
+    tiny = ROOT / "glm3kit/tiny"
+    lines = (tiny / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
+    with_tools = [line for line in lines if '"tools"' in line and '"observation"' in line]
+    assert len(with_tools) > 40
+    (tmp_path / "train.jsonl").write_text("\n".join(with_tools[:40]), encoding="utf-8")
+    (tmp_path / "eval.jsonl").write_text("\n".join(with_tools[40:48]), encoding="utf-8")
+    config = load_config(ROOT / "configs" / "tiny.yaml", [
+        *SMALL, f"output_dir={tmp_path}", "name=tools", "model.hidden_size=64", "parallel.data_parallel=1",
+        f"data.train_path={tmp_path / 'train.jsonl'}", f"data.eval_path={tmp_path / 'eval.jsonl'}",
+        "train.batch_size=8", "train.total_steps=40", "train.eval_steps=20", "train.learning_rate=0.02",
+        "train.save_steps=null"])
+    history = run_rank(config)
+    # Of the labels of an epoch those of the assistant's turns count, and no other.
+    tokenizer = ChatGLM3Tokenizer(config.model.tokenizer_path)
+    labels = [encode_conversation(json.loads(line), tokenizer, config.model.seq_length)[1]
+              for line in with_tools[:40]]
+    assert sum(record["loss_tokens"] for record in history[:5]) == (np.array(labels) != IGNORE_INDEX).sum()
+    assert history[0]["loss"] == pytest.approx(np.log(2048), rel=0.02)
+    assert history[-1]["loss"] < 3
+    held_out = [record["eval_loss"] for record in read_metrics(config.job_dir) if "eval_loss" in record]
+    assert len(held_out) == 2 and held_out[-1] < 3.5, held_out
