@@ -67,6 +67,20 @@ class MaskedAttention(nn.Cell):
         return self.product(dscores, k), self.product_tn(dscores, q), self.product_tn(probs, dy), mask
 
 
+class Split(nn.Cell):
+    """x cut into parts of these sizes along an axis; the gradient puts theirs together in one pass."""
+
+    def __init__(self, sizes: list[int], axis: int):
+        super().__init__()
+        self.sizes, self.axis, self.concat = sizes, axis, ops.Concat(axis)
+
+    def construct(self, x: Tensor) -> tuple[Tensor, ...]:
+        return ops.split(x, self.sizes, self.axis)
+
+    def bprop(self, x: Tensor, out: tuple, dout: tuple) -> tuple[Tensor]:
+        return (self.concat(dout),)
+
+
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """The same by Ascend's fused operator, which keeps no (T, S) matrix.
 
@@ -98,6 +112,8 @@ class SelfAttention(nn.Cell):
         self.scale = 1 / sqrt(self.size)
         self.flash = cfg.use_flash_attention and on_ascend()
         self.attend = MaskedAttention()
+        self.split_qk_v = Split([self.heads + self.groups, self.groups], 2)
+        self.split_q_k = Split([self.heads, self.groups], 2)
         self.write = ops.ScatterUpdate()
 
     def construct(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: tuple | None = None,
@@ -105,10 +121,10 @@ class SelfAttention(nn.Cell):
         B, T, C = x.shape
         H, G, d = self.heads, self.groups, self.size
         qkv = self.query_key_value(x.reshape(B * T, C)).reshape(B, T, H + 2 * G, d)
-        qk, v = ops.split(qkv, [H + G, G], 2)
+        qk, v = self.split_qk_v(qkv)
         turned = ops.matmul(qk.reshape(-1, d), self.rotation).reshape(B, T, H + G, d)
         qk = qk * cos + turned * sin  # cos and sin: (B or 1, T, 1, d)
-        q, k = ops.split(qk, [H, G], 2)
+        q, k = self.split_q_k(qk)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # (B, G, T, d)
         if self.flash and cache is None:
             y = flash_attention(q.transpose(0, 2, 1, 3), k, v, mask, self.scale).transpose(0, 2, 1, 3)  # (B, T, H, d)

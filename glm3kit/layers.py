@@ -34,7 +34,7 @@ def drawn(deviation: float, shape: tuple[int, ...], dtype: ms.Type) -> Tensor:
 
 
 class RootMeanSquare(nn.Cell):
-    """x / sqrt(mean(x^2) + eps) * weight: (N, C) and (C,) float32 -> (N, C).
+    """x / sqrt(mean(x^2) + eps) * weight: (N, C) and (C,) float32 -> (the result (N, C), 1 / the root (N, 1)).
 
     The gradient is written out: half the passes over memory that automatic differentiation makes. Operators are
     attributes, since functions of mindspore.ops do not compile inside a bprop.
@@ -46,15 +46,16 @@ class RootMeanSquare(nn.Cell):
         self.square, self.mean, self.rsqrt = ops.Square(), ops.ReduceMean(keep_dims=True), ops.Rsqrt()
         self.sum, self.matmul = ops.ReduceSum(), ops.MatMul()
 
-    def construct(self, x: Tensor, weight: Tensor) -> Tensor:
-        return x * self.rsqrt(self.mean(self.square(x), 1) + self.eps) * weight
+    def construct(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        inverse = self.rsqrt(self.mean(self.square(x), 1) + self.eps)
+        return x * inverse * weight, inverse
 
-    def bprop(self, x: Tensor, weight: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
-        inverse = self.rsqrt(self.mean(self.square(x), 1) + self.eps)  # (N, 1)
+    def bprop(self, x: Tensor, weight: Tensor, out: tuple, dout: tuple) -> tuple[Tensor, Tensor]:
+        inverse, dy = out[1], dout[0]
         normed = x * inverse
-        product = dout * normed
-        mean = self.matmul(product, weight.reshape(-1, 1) / self.size)  # (N, 1): mean of dout * weight * normed
-        return (dout * weight - normed * mean) * inverse, self.sum(product, 0)
+        product = dy * normed
+        mean = self.matmul(product, weight.reshape(-1, 1) / self.size)  # (N, 1): mean of dy * weight * normed
+        return (dy * weight - normed * mean) * inverse, self.sum(product, 0)
 
 
 class RMSNorm(nn.Cell):
@@ -67,7 +68,7 @@ class RMSNorm(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         rows = x.astype(ms.float32).reshape(-1, x.shape[-1])
-        return self.norm(rows, self.weight.astype(ms.float32)).astype(x.dtype).reshape(x.shape)
+        return self.norm(rows, self.weight.astype(ms.float32))[0].astype(x.dtype).reshape(x.shape)
 
 
 class Adapter(nn.Cell):

@@ -70,7 +70,7 @@ class AdamW(nn.Cell):
             averages.append(Parameter(Tensor(np.zeros_like(values)), f"exp_avg.{parameter.name}"))
             squares.append(Parameter(Tensor(np.zeros_like(values)), f"exp_avg_sq.{parameter.name}"))
         self.masters, self.averages, self.squares = map(ParameterTuple, (masters, averages, squares))
-        self.decays = tuple(config.weight_decay if decays(p.name) else 0.0 for p in self.parameters)
+        self.decays, self.weight_decay = tuple(decays(p.name) for p in self.parameters), config.weight_decay
         self.beta1, self.beta2 = config.betas
         self.update, self.gather, self.assign = ops.AdamWeightDecay(), AllGather(topology), ops.Assign()
 
@@ -80,11 +80,11 @@ class AdamW(nn.Cell):
 
     def construct(self, shards: tuple, factor: Tensor, rate: Tensor, eps: Tensor, decay: Tensor) -> Tensor:
         """Multiply the summed gradients by `factor` and update; rate, eps and decay come from `bias_corrected`."""
-        done = factor
+        done, decay, no_decay = factor, decay * self.weight_decay, ops.zeros_like(decay)
         for i in range(len(self.parameters)):
             master, parameter = self.masters[i], self.parameters[i]
             updated = self.update(master, self.averages[i], self.squares[i], rate, self.beta1, self.beta2, eps,
-                                  decay * self.decays[i], shards[i] * factor)
+                                  decay if self.decays[i] else no_decay, shards[i] * factor)
             if not self.whole:
                 full = self.gather(ops.depend(master, updated), parameter.shape)
                 updated = self.assign(parameter, full.astype(parameter.dtype))

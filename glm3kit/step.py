@@ -75,7 +75,7 @@ class Totals(nn.Cell):
         super().__init__(auto_prefix=False)
         self.world_sum, self.slices = WorldSum(topology), topology.tensor_parallel
         self.data_copies = topology.data_parallel // topology.shards
-        self.half_square = ops.L2Loss()
+        self.half_square, self.add = ops.L2Loss(), ops.AddN()
         # Of each shard: how many of its values no other slice holds, and how many slices hold the others.
         self.alone, self.copies = [], []
         for parameter in net.trainable_params():
@@ -95,9 +95,10 @@ class Totals(nn.Cell):
         return self.half_square(flat[:alone]) + self.half_square(flat[alone:]) / copies
 
     def construct(self, shards: tuple, sums: Tensor, scale: Tensor) -> Tensor:
-        square = ops.zeros((), ms.float32)
+        halves = ()
         for i in range(len(shards)):
-            square += 2 / self.data_copies * self.square(shards[i], self.alone[i], self.copies[i])
+            halves += (self.square(shards[i], self.alone[i], self.copies[i]),)
+        square = self.add(halves) * (2 / self.data_copies)
         totals = self.world_sum(ops.concat((sums / self.slices, square.reshape(1))))
         count = ops.maximum(totals[1], 1.0)
         return ops.stack((totals[0] / count, ops.sqrt(totals[2]) / (count * scale), count))
