@@ -130,7 +130,12 @@ def test_a_checkpoint_goes_on_and_merges_by_itself(adapters_only, golden, refere
         with pytest.raises(CheckpointError, match="adapters alone, and no config.yaml"):
             merge(tmp_path / "job", tmp_path / "merged.safetensors", progress=False)
     base = golden / "tiny/hf" if adapters_only else None
-    merged = read_weights(merge(tmp_path / "job", tmp_path / "merged.safetensors", base=base, progress=False))
+    file = merge(tmp_path / "job", tmp_path / "merged.safetensors", base=base, progress=False)
+    RunConfig(model=net.cfg.model_copy(update={"checkpoint_name_or_path": str(golden / "tiny/hf")}),
+              train=config).save(tmp_path / "job/config.yaml")
+    by_itself = merge(tmp_path / "job", tmp_path / "by_itself.safetensors", progress=False)
+    assert by_itself.read_bytes() == file.read_bytes(), "the base is what the job's config.yaml names"
+    merged = read_weights(file)
     assert {name: spec.shape for name, spec in merged.specs.items()} == parameter_shapes(net.cfg)
     for name, array in weights_of(folded).items():
         np.testing.assert_allclose(np.asarray(merged[name], np.float32), array, rtol=2e-3, atol=1e-6, err_msg=name)
