@@ -1,20 +1,22 @@
-"""One rank of a run on the reference model: trains on its rows of the reference batches and saves what came out.
+"""One rank of runs on the reference model: trains on its rows of the reference batches and saves what came out.
 
-Started by the tests: python fit_golden.py GOLDEN OUTPUT full|lora; the layout is that of OUTPUT/config.yaml.
+Started by the tests: python fit_golden.py GOLDEN OUTPUT [sharded] [unsharded] [lora]; the layout is that of
+OUTPUT/config.yaml, what comes out of each run goes to OUTPUT/sharded and so on.
 """
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from glm3kit.checkpoint import save_checkpoint
-from glm3kit.config import LoraConfig, TrainConfig, load_config
+from glm3kit.config import LoraConfig, ModelConfig, TrainConfig, load_config
 from glm3kit.launch import rank_process
 from glm3kit.lora import add_adapters
 from glm3kit.model import ChatGLM3
-from glm3kit.parallel import start_processes
+from glm3kit.parallel import Topology, start_processes
 from glm3kit.train import Trainer, run_steps
 from glm3kit.weights import load_weights
 
@@ -44,25 +46,31 @@ def lora_start(golden: Path, net: ChatGLM3) -> tuple[list[tuple[np.ndarray, np.n
     return [(ids, next_token_labels(ids)) for ids in stored["input_ids"]], config
 
 
-def main(golden: Path, job_dir: Path, what: str) -> None:
-    config = load_config(job_dir / "config.yaml")
-    topology = start_processes(config.parallel)
-    net = ChatGLM3(config.model, topology)
+def train(golden: Path, folder: Path, cfg: ModelConfig, topology: Topology, what: str) -> None:
+    """One of the runs, from the reference's weights to a checkpoint."""
+    net = ChatGLM3(cfg, topology)
     load_weights(net, golden / "tiny/hf")
     if what == "lora":
-        batches, train = lora_start(golden, net)
+        batches, config = lora_start(golden, net)
     else:
-        batches, train = reference_batches(golden), TrainConfig(learning_rate=1e-3, end_learning_rate=1e-5)
+        batches, config = reference_batches(golden), TrainConfig(learning_rate=1e-3, end_learning_rate=1e-5)
     rows = len(batches[0][0]) // topology.data_parallel
     ours = slice(topology.data_rank * rows, (topology.data_rank + 1) * rows)
-    trainer = Trainer(net, train, len(batches), topology)
+    trainer = Trainer(net, config, len(batches), topology)
     records = run_steps(trainer, [(ids[ours], labels[ours]) for ids, labels in batches])
+    save_checkpoint(folder, net, trainer, topology, keep=1)
     if topology.rank == 0:
-        (job_dir / "records.json").write_text(json.dumps(records))
-    save_checkpoint(job_dir, net, trainer, topology, keep=1)
+        (folder / "records.json").write_text(json.dumps(records))
+
+
+def main(golden: str, job_dir: str, *runs: str) -> None:
+    config = load_config(Path(job_dir, "config.yaml"))
+    unsharded = start_processes(config.parallel)
+    for what in runs:
+        topology = unsharded if what == "unsharded" else replace(unsharded, shard_optimizer=True)
+        train(Path(golden), Path(job_dir, what), config.model, topology, what)
 
 
 if __name__ == "__main__":
-    golden_folder, job_folder, what_to_train = sys.argv[1:]
-    with rank_process(job_folder):
-        main(Path(golden_folder), Path(job_folder), what_to_train)
+    with rank_process(sys.argv[2]):
+        main(*sys.argv[1:])

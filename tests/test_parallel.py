@@ -1,5 +1,6 @@
 """Several real processes give what one gives: data parallel, tensor parallel, both."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -41,46 +42,55 @@ def test_a_layout_that_does_not_divide_is_an_error_that_says_what_would_do():
         RunConfig(model=odd, parallel=ParallelConfig(tensor_parallel=4))
 
 
-def train_golden(golden, folder, parallel, what="full"):
-    """The reference's steps as a job of `parallel.ranks` processes."""
+@pytest.fixture(scope="module")
+def train_golden(golden, tmp_path_factory):
+    """Have processes take the reference's steps -> the folder with what came out of each run; a layout starts once."""
+    # tensor_parallel 4: two ranks a key/value group.
+    runs = {(1, 1): ["sharded"], (2, 1): ["sharded", "unsharded"], (1, 2): ["sharded"], (1, 4): ["sharded"],
+            (2, 2): ["sharded", "unsharded", "lora"]}
     model = ModelConfig.from_hf(golden / "tiny/hf/config.json", param_dtype="float32", compute_dtype="float32")
-    config = RunConfig(name="job", output_dir=str(folder), model=model, parallel=parallel)
-    command = [str(Path(__file__).with_name("fit_golden.py")), str(golden.resolve()), str(config.job_dir), what]
-    return start_job(plan_launch(config, local_rank_table(parallel.ranks)), command=command).wait(timeout_s=240)
+
+    @functools.cache
+    def train(data_parallel: int, tensor_parallel: int) -> Path:
+        parallel = ParallelConfig(data_parallel=data_parallel, tensor_parallel=tensor_parallel, shard_optimizer=False,
+                                  device_target="CPU")
+        config = RunConfig(name="job", output_dir=str(tmp_path_factory.mktemp("golden")), model=model,
+                           parallel=parallel)
+        command = [str(Path(__file__).with_name("fit_golden.py")), str(golden.resolve()), str(config.job_dir),
+                   *runs[data_parallel, tensor_parallel]]
+        job = start_job(plan_launch(config, local_rank_table(parallel.ranks)), command=command)
+        return job.wait(timeout_s=400).folder
+
+    return train
 
 
 @pytest.fixture(scope="module")
-def one(golden, tmp_path_factory):
+def one(train_golden):
     """The weights after the same steps in one process."""
-    job = train_golden(golden, tmp_path_factory.mktemp("one"), ParallelConfig(device_target="CPU"))
-    return merged_tensors(job.folder)
-
-
-# tensor_parallel 4: two ranks a key/value group.
-LAYOUTS = [(2, 1, True), (2, 1, False), (1, 2, True), (1, 4, True), (2, 2, True), (2, 2, False)]
+    return merged_tensors(train_golden(1, 1) / "sharded")
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("layout", LAYOUTS, ids="{0[0]}x{0[1]}-{0[2]}".format)
-def test_processes_train_as_one_and_merge_to_its_weights(layout, golden, one, tmp_path):
-    data_parallel, tensor_parallel, sharded = layout
+@pytest.mark.parametrize("layout, run", [((2, 1), "sharded"), ((2, 1), "unsharded"), ((1, 2), "sharded"),
+                                         ((1, 4), "sharded"), ((2, 2), "sharded"), ((2, 2), "unsharded")])
+def test_processes_train_as_one_and_merge_to_its_weights(layout, run, golden, one, train_golden, tmp_path):
+    data_parallel, tensor_parallel = layout
+    ranks = data_parallel * tensor_parallel
     reference = np.load(golden / "tiny/reference.npz")
-    parallel = ParallelConfig(data_parallel=data_parallel, tensor_parallel=tensor_parallel, shard_optimizer=sharded,
-                              device_target="CPU")
-    job = train_golden(golden, tmp_path, parallel)
-    records = json.loads((job.folder / "records.json").read_text())
+    folder = train_golden(*layout) / run
+    records = json.loads((folder / "records.json").read_text())
     np.testing.assert_allclose([r["loss"] for r in records], reference["train.loss"], rtol=1e-4)
     np.testing.assert_allclose([r["grad_norm"] for r in records], reference["train.grad_norm"], rtol=1e-4)
 
-    shards = sorted(path.name for path in (job.folder / "checkpoint/step_20/model").glob("rank_*"))
+    shards = sorted(path.name for path in (folder / "checkpoint/step_20/model").glob("rank_*"))
     assert shards == [f"rank_{rank}.safetensors" for rank in range(tensor_parallel)]
     state = [read_safetensors(path)
-             for path in (job.folder / "checkpoint/step_20/optimizer").glob("rank_*.safetensors")]
-    assert len(state) == parallel.ranks
+             for path in (folder / "checkpoint/step_20/optimizer").glob("rank_*.safetensors")]
+    assert len(state) == ranks
     table = "exp_avg.transformer.embedding.embedding_table"
     assert {file.specs[table].nbytes for file in state} == {
-        one[table.removeprefix("exp_avg.")].nbytes // (parallel.ranks if sharded else tensor_parallel)}
-    merged = read_weights(merge(job.folder, tmp_path / "merged.safetensors", progress=False))
+        one[table.removeprefix("exp_avg.")].nbytes // (ranks if run == "sharded" else tensor_parallel)}
+    merged = read_weights(merge(folder, tmp_path / "merged.safetensors", progress=False))
     assert merged.specs == one.specs
     for name in one:
         difference = np.abs(merged[name] - one[name]).max()
@@ -89,13 +99,12 @@ def test_processes_train_as_one_and_merge_to_its_weights(layout, golden, one, tm
 
 
 @pytest.mark.ranks
-def test_adapters_train_on_four_processes_as_in_the_reference(golden, tmp_path):
+def test_adapters_train_on_four_processes_as_in_the_reference(golden, train_golden, tmp_path):
     reference = np.load(golden / "tiny/lora.npz")
-    parallel = ParallelConfig(data_parallel=2, tensor_parallel=2, device_target="CPU")
-    job = train_golden(golden, tmp_path, parallel, "lora")
-    records = json.loads((job.folder / "records.json").read_text())
+    folder = train_golden(2, 2) / "lora"
+    records = json.loads((folder / "records.json").read_text())
     np.testing.assert_allclose([r["loss"] for r in records], reference["loss"], rtol=1e-4)
-    merged = read_weights(merge(job.folder, tmp_path / "merged.safetensors", progress=False))
+    merged = read_weights(merge(folder, tmp_path / "merged.safetensors", progress=False))
     for layer in range(3):
         weight = merged[f"transformer.encoder.layers.{layer}.self_attention.query_key_value.weight"]
         np.testing.assert_allclose(weight, reference[f"merged_qkv.{layer}"], atol=2e-5)
