@@ -3,6 +3,8 @@
     Step(Gradients(net, topology), Totals(net, topology), AdamW(net, config, topology), max_norm=1.0)
 """
 
+from math import gcd
+
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
@@ -75,31 +77,25 @@ class Totals(nn.Cell):
         super().__init__(auto_prefix=False)
         self.world_sum, self.slices = WorldSum(topology), topology.tensor_parallel
         self.data_copies = topology.data_parallel // topology.shards
-        self.half_square, self.add = ops.L2Loss(), ops.AddN()
-        # Of each shard: how many of its values no other slice holds, and how many slices hold the others.
-        self.alone, self.copies = [], []
+        self.square, self.sum, self.add = ops.Square(), ops.ReduceSum(), ops.AddN()
+        # Of each shard the parts that no other slice holds and that several hold: (start, stop, columns, slices).
+        self.parts = []
         for parameter in net.trainable_params():
             rows, copies = copies_of(slicing(parameter.name, net.cfg), self.slices)
             size = -(-parameter.size // topology.shards)
             before = rows * (parameter.size // parameter.shape[0]) - topology.shard_rank * size
-            self.alone.append(min(max(before, 0), size))
-            self.copies.append(copies)
-
-    def square(self, shard: Tensor, alone: int, copies: int) -> Tensor:
-        """Half the sum of squares that this rank answers for."""
-        if copies == 1 or alone == shard.size:
-            return self.half_square(shard)
-        if alone == 0:
-            return self.half_square(shard) / copies
-        flat = shard.reshape(-1)
-        return self.half_square(flat[:alone]) + self.half_square(flat[alone:]) / copies
+            alone = size if copies == 1 else min(max(before, 0), size)
+            parts = ((0, alone, 1), (alone, size, copies))
+            self.parts.append(tuple((a, z, gcd(z - a, 1024), n) for a, z, n in parts if z > a))
 
     def construct(self, shards: tuple, sums: Tensor, scale: Tensor) -> Tensor:
-        halves = ()
+        squares = ()
         for i in range(len(shards)):
-            halves += (self.square(shards[i], self.alone[i], self.copies[i]),)
-        square = self.add(halves) * (2 / self.data_copies)
-        totals = self.world_sum(ops.concat((sums / self.slices, square.reshape(1))))
+            for start, stop, columns, copies in self.parts[i]:
+                part = shards[i] if stop - start == shards[i].size else shards[i].reshape(-1)[start:stop]
+                # Row by row, as a single sum is slow; ops.L2Loss loses digits with the size, a third at 10^8 values.
+                squares += (self.sum(self.sum(self.square(part.reshape(-1, columns)), 1)) / copies,)
+        totals = self.world_sum(ops.concat((sums / self.slices, (self.add(squares) / self.data_copies).reshape(1))))
         count = ops.maximum(totals[1], 1.0)
         return ops.stack((totals[0] / count, ops.sqrt(totals[2]) / (count * scale), count))
 

@@ -133,10 +133,10 @@ def test_warm_up_rises_in_steps_and_the_polynomial_falls_to_its_end():
 
 
 def test_bias_corrections_are_those_of_adam():
-    rate, eps, decay = bias_corrected(3, 0.01, config(betas=(0.9, 0.95), eps=1e-8))
+    rate, eps, decay = bias_corrected(3, 0.01, config(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1))
     m, v, c1, c2 = 0.3, 0.04, 1 - 0.9**3, 1 - 0.95**3
     assert rate * m / (v**0.5 + eps) == pytest.approx(0.01 * (m / c1) / ((v / c2)**0.5 + 1e-8))
-    assert rate * decay == pytest.approx(0.01)
+    assert decay == pytest.approx(0.01 * 0.1)
 
 
 def test_weight_decay_spares_biases_and_norms():
