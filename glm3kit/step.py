@@ -100,6 +100,15 @@ class Totals(nn.Cell):
         return ops.stack((totals[0] / count, ops.sqrt(totals[2]) / (count * scale), count))
 
 
+def told_last(totals: Tensor, updated: Tensor) -> Tensor:
+    """The totals, by an operator that runs after the update.
+
+    A result that is ready before its graph is done keeps `asnumpy` spinning: on two cores that costs the update's
+    operators half their speed.
+    """
+    return ops.concat((ops.depend(totals[:1], updated), totals[1:]))
+
+
 class Step(nn.Cell):
     """A whole step of one micro-batch as one graph: gradients, totals, update -> [mean loss, gradient norm, count]."""
 
@@ -113,7 +122,7 @@ class Step(nn.Cell):
         shards, sums = self.gradients(input_ids, labels, scale, segment_ids)
         totals = self.totals(shards, sums, scale)
         factor = clip_factor(totals[1], totals[2], scale, self.max_norm)
-        return ops.depend(totals, self.optimizer(shards, factor, rate, eps, decay))
+        return told_last(totals, self.optimizer(shards, factor, rate, eps, decay))
 
 
 class Accumulate(nn.Cell):
@@ -151,4 +160,4 @@ class Update(nn.Cell):
     @ms.jit
     def construct(self, totals: Tensor, scale: Tensor, rate: Tensor, eps: Tensor, decay: Tensor) -> Tensor:
         factor = clip_factor(totals[1], totals[2], scale, self.max_norm)
-        return self.optimizer(self.accumulated, factor, rate, eps, decay)
+        return told_last(totals, self.optimizer(self.accumulated, factor, rate, eps, decay))
