@@ -1,14 +1,19 @@
 """Training by one process: the reference's 20 steps, the schedule, accumulation, overflow."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from fit_golden import reference_batches
+from mindspore import Parameter, Tensor
 
 from glm3kit.config import ModelConfig, TrainConfig
 from glm3kit.errors import ConfigError, DataError, JobError
 from glm3kit.held_out import HeldOutLoss
 from glm3kit.model import ChatGLM3
 from glm3kit.optimizer import LossScale, bias_corrected, decays, learning_rate
+from glm3kit.parallel import ALONE
+from glm3kit.step import Totals
 from glm3kit.train import Trainer, fit
 from glm3kit.weights import load_weights, parameter_shapes
 
@@ -137,6 +142,14 @@ def test_bias_corrections_are_those_of_adam():
     m, v, c1, c2 = 0.3, 0.04, 1 - 0.9**3, 1 - 0.95**3
     assert rate * m / (v**0.5 + eps) == pytest.approx(0.01 * (m / c1) / ((v / c2)**0.5 + 1e-8))
     assert decay == pytest.approx(0.01 * 0.1)
+
+
+def test_the_gradient_norm_of_a_large_matrix_keeps_its_digits():
+    gradient = np.random.default_rng(0).standard_normal((8192, 512)).astype(np.float32)
+    matrix = Parameter(Tensor(gradient), "transformer.embedding.embedding_table")
+    totals = Totals(SimpleNamespace(trainable_params=lambda: [matrix], cfg=ModelConfig()), ALONE)
+    norm = totals((Tensor(gradient),), Tensor([3.0, 2.0]), Tensor(4.0)).asnumpy()[1]
+    assert norm == pytest.approx(np.linalg.norm(gradient.astype(np.float64)) / (2 * 4), rel=1e-6)
 
 
 def test_weight_decay_spares_biases_and_norms():
