@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 from disk import copy_seconds, forget, model_config, random_tensors, remove, watch
 
-from glm3kit.shards import cut_into_shards, index_text
-from glm3kit.tensors import Tensors, TensorSpec
-from glm3kit.weights import published_tensors, write_weights
+from glm3kit.weights.hub_files import cut_into_shards, index_text
+from glm3kit.weights.read import published_tensors, write_weights
+from glm3kit.weights.tensors import Tensors, TensorSpec
 
 SHARD = 2 * 10**9  # bytes, as published
 BUDGET = 1.5  # times the copy, and GB

@@ -23,11 +23,11 @@ import numpy as np
 import sentencepiece
 
 from glm3kit import tiny
-from glm3kit.batches import Batches
-from glm3kit.config import DataConfig
-from glm3kit.data import encode_files
-from glm3kit.token_file import TokenFile
-from glm3kit.tokenizer import ChatGLM3Tokenizer
+from glm3kit.config.groups import DataConfig
+from glm3kit.data.batches import Batches
+from glm3kit.data.encode import encode_files
+from glm3kit.data.token_file import TokenFile
+from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 
 ADGEN_ROWS = 114_599
 STEP_S = 0.05  # a training step, for the wait: less than any measured one

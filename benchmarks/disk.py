@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from glm3kit.config import ModelConfig
-from glm3kit.tensors import PIECE, Tensors, TensorSpec
-from glm3kit.weight_names import parameter_shapes
+from glm3kit.config.groups import ModelConfig
+from glm3kit.weights.names import parameter_shapes
+from glm3kit.weights.tensors import PIECE, Tensors, TensorSpec
 
 
 class Usage(NamedTuple):

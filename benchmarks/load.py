@@ -18,8 +18,8 @@ from pathlib import Path
 
 from disk import Usage, model_config, random_tensors, watch
 
-from glm3kit.config import ModelConfig
-from glm3kit.weights import write_weights
+from glm3kit.config.groups import ModelConfig
+from glm3kit.weights.read import write_weights
 
 
 def load(path: Path, cfg: ModelConfig) -> dict[str, float | list[int]]:

@@ -20,14 +20,14 @@ from pathlib import Path
 import numpy as np
 from disk import copy_seconds, files_of, forget, model_config, watch
 
-from glm3kit.ckpt_file import write_ckpt
-from glm3kit.config import ModelConfig
-from glm3kit.layout import Layout, Slicing
-from glm3kit.model import slicing
-from glm3kit.safetensors_file import write_safetensors
-from glm3kit.strategy import write_strategy
-from glm3kit.tensors import PIECE, Tensors, TensorSpec
-from glm3kit.weights import parameter_shapes
+from glm3kit.checkpoint.layout import Layout, Slicing
+from glm3kit.checkpoint.strategy import write_strategy
+from glm3kit.config.groups import ModelConfig
+from glm3kit.model.chatglm3 import slicing
+from glm3kit.weights.formats.ckpt import write_ckpt
+from glm3kit.weights.formats.safetensors import write_safetensors
+from glm3kit.weights.read import parameter_shapes
+from glm3kit.weights.tensors import PIECE, Tensors, TensorSpec
 
 RANKS = 8
 BUDGET = 1.5  # times the copy, and GB

@@ -12,14 +12,14 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm3kit.config import ModelConfig
-from glm3kit.conversion import convert_weights
-from glm3kit.weights import fill_parameters, random_weights, write_random_hub_weights
+from glm3kit.config.groups import ModelConfig
+from glm3kit.weights.convert import convert_weights
+from glm3kit.weights.read import fill_parameters, random_weights, write_random_hub_weights
 
 if TYPE_CHECKING:
     from transformers import GlmForCausalLM
 
-    from glm3kit.model import ChatGLM3
+    from glm3kit.model.chatglm3 import ChatGLM3
 
 SIZES = {"num_layers": 4, "padded_vocab_size": 8192, "hidden_size": 512, "ffn_hidden_size": 1408, "kv_channels": 64,
          "num_attention_heads": 8, "multi_query_group_num": 2, "seq_length": 192, "param_dtype": "float32",
@@ -32,7 +32,7 @@ def kit_model(threads: int) -> "ChatGLM3":
     os.environ.setdefault("GLOG_v", "3")
     import mindspore as ms
 
-    from glm3kit.model import ChatGLM3
+    from glm3kit.model.chatglm3 import ChatGLM3
 
     ms.runtime.set_cpu_affinity(False)
     ms.device_context.cpu.op_tuning.threads_num(threads)

@@ -10,19 +10,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ does it
-    from glm3kit.chat import ChatSession
-    from glm3kit.config import ModelConfig, RunConfig, load_config
-    from glm3kit.conversion import convert_weights
-    from glm3kit.data import encode_adgen, encode_conversation
-    from glm3kit.metrics import read_metrics
-    from glm3kit.mindformers_yaml import AutoConfig
-    from glm3kit.model import AutoModel, ChatGLM3
-    from glm3kit.prompt import process_response
-    from glm3kit.rank_table import merge_rank_tables, read_rank_table
-    from glm3kit.tokenizer import ChatGLM3Tokenizer
-    from glm3kit.tools import tool
-    from glm3kit.weights import load_weights
-    from glm3kit.widgets import chat_widget
+    from glm3kit.chat.session import ChatSession
+    from glm3kit.chat.tools import tool
+    from glm3kit.config.groups import ModelConfig, RunConfig, load_config
+    from glm3kit.config.mindformers import AutoConfig
+    from glm3kit.data.encode import encode_adgen, encode_conversation
+    from glm3kit.jobs.metrics import read_metrics
+    from glm3kit.model.chatglm3 import AutoModel, ChatGLM3
+    from glm3kit.notebook.chat_widget import chat_widget
+    from glm3kit.setup.rank_table import merge_rank_tables, read_rank_table
+    from glm3kit.text.messages import process_response
+    from glm3kit.text.tokenizer import ChatGLM3Tokenizer
+    from glm3kit.weights.convert import convert_weights
+    from glm3kit.weights.read import load_weights
 
 __version__ = "0.1.0"
 
@@ -33,23 +33,23 @@ __all__ = [
 ]
 
 _HOME = {
-    "ModelConfig": "config", "RunConfig": "config", "load_config": "config",
-    "ChatGLM3Tokenizer": "tokenizer",
-    "process_response": "prompt",
-    "encode_adgen": "data", "encode_conversation": "data",
-    "merge_rank_tables": "rank_table", "read_rank_table": "rank_table",
-    "read_metrics": "metrics",
-    "AutoConfig": "mindformers_yaml",
-    "convert_weights": "conversion", "load_weights": "weights",
-    "AutoModel": "model", "ChatGLM3": "model",
-    "ChatSession": "chat",
-    "tool": "tools",
-    "chat_widget": "widgets",
+    "ModelConfig": "config.groups", "RunConfig": "config.groups", "load_config": "config.groups",
+    "AutoConfig": "config.mindformers",
+    "ChatGLM3Tokenizer": "text.tokenizer",
+    "process_response": "text.messages",
+    "convert_weights": "weights.convert", "load_weights": "weights.read",
+    "encode_adgen": "data.encode", "encode_conversation": "data.encode",
+    "ChatSession": "chat.session",
+    "tool": "chat.tools",
+    "merge_rank_tables": "setup.rank_table", "read_rank_table": "setup.rank_table",
+    "AutoModel": "model.chatglm3", "ChatGLM3": "model.chatglm3",
+    "read_metrics": "jobs.metrics",
+    "chat_widget": "notebook.chat_widget",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name, or a module such as `glm3kit.train`, on first use."""
+    """Import a public name, or a module such as `glm3kit.train.run`, on first use."""
     if name in _HOME:
         value = getattr(importlib.import_module(f"glm3kit.{_HOME[name]}"), name)
         globals()[name] = value  # found directly from now on

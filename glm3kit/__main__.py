@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from glm3kit import verbs
+from glm3kit.cli import verbs
 from glm3kit.errors import CheckpointError, ConfigError, Glm3KitError
 
 
@@ -23,7 +23,7 @@ def _picture(path: str) -> Path:
 
 
 def _size(text: str) -> int:
-    from glm3kit.shards import parse_size
+    from glm3kit.weights.hub_files import parse_size
 
     try:
         return parse_size(text)

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from glm3kit.config import RunConfig
-from glm3kit.data import Batches, prepare_data, read_rows
+from glm3kit.config.groups import RunConfig
+from glm3kit.data.encode import Batches, prepare_data, read_rows
 from glm3kit.errors import DataError
-from glm3kit.tokenizer import ChatGLM3Tokenizer
+from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 
 TOKENS_AT_ONCE = 8192  # of all rows that are answered together, each counted as a whole window
 
 if TYPE_CHECKING:
-    from glm3kit.model import ChatGLM3
+    from glm3kit.model.chatglm3 import ChatGLM3
 
 
 def held_out_loss(net: "ChatGLM3", batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
@@ -34,7 +34,7 @@ def held_out_loss(net: "ChatGLM3", batches: Iterable[tuple[np.ndarray, np.ndarra
     batches: (input_ids, labels) int32 arrays (B, T), labels shifted, -100 ignored.
     Raises DataError if no token counts.
     """
-    from glm3kit.held_out import HeldOutLoss
+    from glm3kit.model.held_out import HeldOutLoss
 
     return HeldOutLoss(net).mean(batches)
 
@@ -142,7 +142,7 @@ def evaluate(config: RunConfig, net: "ChatGLM3 | None" = None, progress: bool = 
     held_out = config.data.model_copy(update={"train_path": ()})  # the training rows are not needed here
     tokens = prepare_data(config.model_copy(update={"data": held_out}), progress)["eval"]
     if net is None:
-        from glm3kit.model import AutoModel
+        from glm3kit.model.chatglm3 import AutoModel
 
         net = AutoModel.from_config(config.model)
     batches = Batches(tokens, config.train.batch_size, config.model.seq_length, shuffle=False, drop_last=False)

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import ROOT
 
 os.environ.setdefault("GLOG_v", "3")  # before any import of mindspore: its warnings would fill the report
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -21,15 +20,21 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def golden(shared: Path) -> Path:
-    """The expected values computed with the official PyTorch code."""
-    return shared / "golden"
+def golden() -> Path:
+    """A small ChatGLM3 of random weights, and what the official PyTorch code computes on it."""
+    return ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden_texts(shared: Path) -> Path:
+    """What the official tokenizer and encoding make of texts."""
+    return shared / "golden" / "text"
 
 
 @pytest.fixture(scope="session")
 def hub(golden: Path) -> Path:
     """The golden model as a folder of a model hub."""
-    return golden / "tiny" / "hf"
+    return golden / "hf"
 
 
 @pytest.fixture(scope="session")

@@ -4,14 +4,14 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import nn
+from support import TOKENIZER
 
-from glm3kit.config import DataConfig, GenerateConfig, ModelConfig, RunConfig, TrainConfig
+from glm3kit.config.groups import DataConfig, GenerateConfig, ModelConfig, RunConfig, TrainConfig
 from glm3kit.errors import DataError
 from glm3kit.evaluate import (
     answer_text,
@@ -22,9 +22,8 @@ from glm3kit.evaluate import (
     predict_rows,
     rouge_bleu,
 )
-from glm3kit.tokenizer import ChatGLM3Tokenizer
+from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 
-TOKENIZER = Path(__file__).resolve().parent.parent / "glm3kit" / "tiny" / "tokenizer.model"
 ROWS = [{"content": "类型#裙*颜色#红色", "summary": "这条红色的裙子很好看。"},
         {"content": "类型#上衣*版型#宽松*颜色#蓝色", "summary": "蓝色的上衣，宽松。"},
         {"content": "类型#裤*颜色#黑色", "summary": "黑色的裤子。"}]

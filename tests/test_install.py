@@ -5,19 +5,18 @@ import subprocess
 import sys
 import zipfile
 from importlib.metadata import packages_distributions
-from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from support import ROOT
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     pytest.skip("tomllib comes with Python 3.11", allow_module_level=True)
 
-ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 LIBRARY = {canonicalize_name(r.name): r for r in map(Requirement, PROJECT["dependencies"])}
 DEMO = {canonicalize_name(r.name): r for r in map(Requirement, PROJECT["optional-dependencies"]["demo"])}

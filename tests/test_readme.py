@@ -5,15 +5,14 @@ import shlex
 import subprocess
 import sys
 from math import prod
-from pathlib import Path
 
 import pytest
+from support import ROOT
 
 from glm3kit.__main__ import parser
-from glm3kit.config import load_config
-from glm3kit.weights import parameter_shapes
+from glm3kit.config.groups import load_config
+from glm3kit.weights.read import parameter_shapes
 
-ROOT = Path(__file__).resolve().parent.parent
 READMES = ("README.md", "README.zh-CN.md")
 SMALL = ["train.total_steps=2", "train.batch_size=2", "model.num_layers=1", "model.hidden_size=32",
          "model.ffn_hidden_size=64", "model.kv_channels=8"]

@@ -1,6 +1,6 @@
 """The embedded data: a small shop's advertisements and chats, and the tokenizer trained on them.
 
-Written by `generate_data.py`, which stands beside its files and makes them again byte for byte.
+Written by `python -m tiny_data.generate_data` in a clone, which makes them again byte for byte.
 
     rows = [json.loads(line) for line in glm3kit.tiny.TRAIN.read_text("utf-8").splitlines()]
 """

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 CHROMIUM = Path("/usr/bin/chromium")
 START_S = 90  # for JupyterLab, and for a kernel, to answer on a busy machine
 COMMAND = """async ([command, index, wait_s]) => {

@@ -6,21 +6,20 @@ Screenshots stay in output/browser.
 import json
 import re
 import time
-from pathlib import Path
 
 import nbformat
 import pytest
 from playwright.sync_api import Locator, Page, expect
+from support import ROOT
 
-from glm3kit.config import load_config
-from glm3kit.conversion import convert_weights
-from glm3kit.transcript import read_transcript
-from glm3kit.weights import write_random_hub_weights
-from glm3kit.widgets import GUIDE
+from glm3kit.chat.transcript import read_transcript
+from glm3kit.config.groups import load_config
+from glm3kit.notebook.chat_widget import GUIDE
+from glm3kit.weights.convert import convert_weights
+from glm3kit.weights.read import write_random_hub_weights
 
 pytestmark = pytest.mark.browser
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 NOTEBOOK = ROOT / "notebooks" / "07_multi_role_chat.ipynb"
 SMALL = """
 model: {num_layers: 1, padded_vocab_size: 2048, hidden_size: 64, ffn_hidden_size: 96, kv_channels: 16,
@@ -33,7 +32,7 @@ generate: {max_new_tokens: 24}
 # Cells at the end of the notebook: a model that says what a test can expect, its chat cell, one in a full window
 SCRIPT = """
 import time
-from glm3kit.tools import calculate
+from glm3kit.chat.tools import calculate
 
 COUNT = " ".join(map(str, range(1, 2000)))
 ANSWERS = {

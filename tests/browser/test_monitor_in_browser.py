@@ -9,13 +9,13 @@ import nbformat
 import pytest
 from playwright.sync_api import expect
 
-from glm3kit.job import Job, job_processes
+from glm3kit.jobs.job import Job, job_processes
 
 pytestmark = pytest.mark.browser
 
 RANK = """
 import json, pathlib, sys, time
-from glm3kit.job import rank_process
+from glm3kit.jobs.job import rank_process
 
 folder = pathlib.Path(sys.argv[1])
 with rank_process(folder), open(folder / "metrics.jsonl", "w") as metrics:
@@ -30,15 +30,15 @@ with rank_process(folder), open(folder / "metrics.jsonl", "w") as metrics:
         metrics.flush()
 """
 START = """
-from glm3kit.config import RunConfig
-from glm3kit.launch import plan_launch, start_job
-from glm3kit.rank_table import local_rank_table
+from glm3kit.config.groups import RunConfig
+from glm3kit.jobs.launch import plan_launch, start_job
+from glm3kit.setup.rank_table import local_rank_table
 
 config = RunConfig(name="job", output_dir={folder!r}, parallel={{"device_target": "CPU"}})
 job = start_job(plan_launch(config, local_rank_table(1)), command=[{script!r}, str(config.job_dir)])
 """
 SHOW = """
-from glm3kit.monitor import training_monitor
+from glm3kit.notebook.monitor import training_monitor
 training_monitor({job!r})
 """
 

@@ -1,0 +1,133 @@
+"""Merging a sharded checkpoint into whole weights, a tensor at a time.
+
+Shards are this kit's (`model/rank_R.safetensors`) or MindFormers' (`rank_R/NAME-epoch_step.ckpt` or `.safetensors`);
+how they are cut says the strategy file of their run.
+
+    merge("output/tiny", "output/tiny/merged.safetensors")
+"""
+
+import re
+from pathlib import Path
+
+from glm3kit.checkpoint.folder import STRATEGY, newest_checkpoint
+from glm3kit.checkpoint.layout import whole_tensors
+from glm3kit.checkpoint.strategy import read_strategy
+from glm3kit.config.groups import load_config
+from glm3kit.errors import CheckpointError
+from glm3kit.train.lora import fold_adapters, is_adapter, read_adapters
+from glm3kit.weights.formats.ckpt import read_ckpt
+from glm3kit.weights.formats.safetensors import read_safetensors
+from glm3kit.weights.read import TRAINING_STATE, read_weights, write_weights
+from glm3kit.weights.tensors import Tensors
+
+READERS = {".safetensors": read_safetensors, ".ckpt": read_ckpt}
+
+
+def _by_step(folder: Path) -> dict[tuple[int, int], Path]:
+    """The checkpoints in the folder of a rank, by the (epoch, step) that their names end with: `glm3-1_200.ckpt`."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix in READERS:
+            stated = re.search(r"-(\d+)_(\d+)$", path.stem)
+            key = (int(stated[1]), int(stated[2])) if stated else (0, 0)
+            if key in found:
+                raise CheckpointError(f"{folder}: holds {found[key].name} and {path.name}, and neither name says which "
+                                      "is newer (as NAME-epoch_step does); move one away")
+            found[key] = path
+    return found
+
+
+def rank_files(folder: Path) -> dict[int, Path]:
+    """The file of each rank in a folder of `rank_R.safetensors` (or .ckpt) or of folders `rank_R`; {} if it has none.
+
+    Of folders with several checkpoints the newest that all ranks have is taken.
+    """
+    files, folders = {}, {}
+    for path in folder.glob("rank_*"):
+        if re.fullmatch(r"rank_\d+", path.stem) and path.suffix in READERS:
+            files[int(path.stem[5:])] = path
+        elif re.fullmatch(r"rank_\d+", path.name) and path.is_dir() and (found := _by_step(path)):
+            folders[int(path.name[5:])] = found
+    if not folders:
+        return files
+    common = set.intersection(*map(set, folders.values()))
+    if not common:
+        raise CheckpointError(f"{folder}: the ranks have no checkpoint of the same epoch and step; wait for the run to "
+                              "finish saving, or copy one checkpoint of all ranks into a folder of its own")
+    return {rank: found[max(common)] for rank, found in folders.items()}
+
+
+def _shard_folder(source: Path) -> Path:
+    """The folder of rank files that a job, a checkpoint or such a folder itself names."""
+    for folder in (source, source / "model", source / "checkpoint"):
+        if rank_files(folder):
+            return folder
+    return newest_checkpoint(source) / "model"
+
+
+def _near_strategy(folder: Path) -> Path:
+    """The strategy file or folder beside or above the shards; where there is none, the first place looked at."""
+    near = [parent / name for parent in (folder, *folder.parents[:3]) for name in (STRATEGY, "strategy")]
+    return next((path for path in near if path.exists()), near[0])
+
+
+def merged_tensors(source: str | Path, strategy: str | Path | None = None) -> Tensors:
+    """The whole weights of a sharded checkpoint, each put together when it is asked for.
+
+    source: a job folder (its newest checkpoint), a checkpoint folder, or a folder with a file or a folder a rank.
+    strategy: a strategy file or a folder of them, by default what stands beside or above the shards.
+    Optimizer state and counters, which MindFormers keeps with the weights, are left out.
+    Raises CheckpointError for missing ranks, cut files, and a strategy that does not fit the shards.
+    """
+    folder = _shard_folder(Path(source))
+    layouts = {name: layout for name, layout in read_strategy(strategy or _near_strategy(folder)).items()
+               if not TRAINING_STATE.fullmatch(name)}
+    ranks = {}
+    for rank, path in sorted(rank_files(folder).items()):
+        opened = READERS[path.suffix](path)
+        specs = {name: spec for name, spec in opened.specs.items() if not TRAINING_STATE.fullmatch(name)}
+        ranks[rank] = Tensors(specs, opened.__getitem__)
+    described = sum({layout.stage: layout.ranks for layout in layouts.values()}.values())
+    if max(ranks) >= described:
+        raise CheckpointError(f"{folder}: the strategy file is of another run: it describes {described} ranks, there "
+                              f"is a file of rank {max(ranks)}")
+    whole = whole_tensors(ranks, layouts, str(folder))
+    lost = [name for name in layouts if name not in whole]
+    if lost and not all(map(is_adapter, whole)):  # adapters may have been saved alone
+        raise CheckpointError(f"{folder}: the strategy file is of another run: {len(lost)} of its parameters are in no "
+                              f"shard: {lost[:3]}")
+    return whole
+
+
+def _base_weights(source: Path) -> Path:
+    """The weights that a job's adapters were trained beside, as its config.yaml names them."""
+    config = next((parent / "config.yaml" for parent in (source, *source.resolve().parents[:4])
+                   if (parent / "config.yaml").is_file()), None)
+    path = load_config(config).model.checkpoint_name_or_path if config else None
+    if path is None:
+        raise CheckpointError(f"{source}: holds adapters alone, and no config.yaml there names the weights they belong "
+                              "to; give them as base")
+    return Path(path)
+
+
+def merge(source: str | Path, destination: str | Path, strategy: str | Path | None = None, *,
+          base: str | Path | None = None, adapters: bool = False, max_shard_size: int | None = None,
+          force: bool = False, progress: bool = True) -> Path:
+    """Merge a sharded checkpoint into whole weights with MindSpore's names, some megabytes at a time.
+
+    source, strategy: as for `merged_tensors`. destination: a file, its form named by .safetensors or .ckpt; with
+    `max_shard_size` (bytes) a folder of files up to that size. An existing one is replaced only with `force`.
+    LoRA adapters are folded into the weights they stand beside, else into those of `base` (default: what the job
+    started from). adapters: write the adapters alone.
+    Example: merge("output/tiny", "output/tiny/merged.safetensors")
+    """
+    source = Path(source)
+    tensors = merged_tensors(source, strategy)
+    if adapters:
+        tensors = read_adapters(source)
+    elif base or all(is_adapter(name) for name in tensors):
+        tensors = fold_adapters(tensors, read_weights(base or _base_weights(source)), str(source))
+    else:
+        tensors = fold_adapters(tensors, origin=str(source))
+    return write_weights(destination, tensors, max_shard_size=max_shard_size, about={"source": str(source)},
+                         force=force, progress=progress)

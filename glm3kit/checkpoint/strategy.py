@@ -1,0 +1,167 @@
+"""Strategy files: how every parameter of a run is spread over its ranks, on disk.
+
+The form is MindSpore's (mindspore/parallel/_parallel_serialization.py, mindspore/train/node_strategy.proto): for each
+parameter `dev_matrix`, the ranks of a pipeline stage as a matrix, the last axis counted fastest; `tensor_map`, for each
+axis of the parameter the axis of that matrix which cuts it, counted from the right (-1: whole);
+`opt_weight_shard_size`, into how many shards the optimizer's parallelism cuts each slice. This kit adds what fused
+weights and its optimizer state need: `segments`, `unit` and `flattened` (see layout.py).
+
+    read_strategy("output/tiny/strategy")["transformer.output_layer.weight"].shards
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from glm3kit.checkpoint.layout import Layout
+from glm3kit.errors import CheckpointError
+from glm3kit.files import atomic_write
+from glm3kit.weights.formats.protobuf import Damaged, fields, varint
+
+
+def write_strategy(path: str | Path, layouts: Mapping[str, Layout]) -> None:
+    """Write the layouts of one stage as a strategy file in MindSpore's JSON form."""
+    items = {}
+    for name, layout in layouts.items():
+        items[name] = {
+            "dev_matrix": layout.devices, "tensor_map": [axes[0] if axes else -1 for axes in layout.axes],
+            "param_split_shape": [], "indices_offset": [], "field": 0,
+            "opt_weight_shard_step": layout.step if layout.shards > 1 else 0,
+            "opt_weight_shard_size": layout.shards if layout.shards > 1 else 0,
+            "segments": layout.segments, "unit": layout.unit, "flattened": layout.flattened}
+    # A strategy of an operator is what MindSpore's own readers take the stage from.
+    operators = {"glm3kit": {"stage": 0, "parallel_strategy": [[1]]}}
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(item)}" for name, item in items.items())
+    atomic_write(path, f'{{"current_stage": 0, "parallel_strategy_item": {json.dumps(operators)},\n'
+                       f'"parallel_layout_item": {{\n{lines}\n}}}}\n')
+
+
+def _layout(item: Mapping[str, Any], stage: int) -> Layout:
+    """One entry of a strategy file; raises ValueError, TypeError, KeyError or IndexError for what is none."""
+    devices, axes = tuple(item["dev_matrix"]), []
+    for entry in item["tensor_map"]:
+        axes.append(tuple(axis for axis in (entry if isinstance(entry, list) else [entry]) if axis != -1))
+    step, size = item.get("opt_weight_shard_step", 0), item.get("opt_weight_shard_size", 0)
+    segments, flattened, unit = item.get("segments", ()), item.get("flattened", ()), item.get("unit", 1)
+    numbers = (*devices, *sum(axes, ()), step, size, *segments, *flattened, unit, stage)
+    if any(type(number) is not int for number in numbers):
+        raise TypeError(f"expected whole numbers in {dict(item)}")
+    shards = size if step else 0
+    if size == -1:  # all ranks that hold the same slice share it
+        shards = prod(devices) // prod(devices[-1 - axis] for axis in sum(axes, ()))
+    return Layout(devices, tuple(axes), max(shards, 1), tuple(segments), unit, tuple(flattened), max(step, 1), stage)
+
+
+def _read_json(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Stage and entries of a JSON file."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    operators = content.get("parallel_strategy_item") or {}
+    return next((entry["stage"] for entry in operators.values()), 0), content["parallel_layout_item"]
+
+
+# node_strategy.proto: the fields of ParallelLayouts that matter here
+LAYOUT_FIELDS = {1: "dev_matrix", 2: "tensor_map", 6: "opt_weight_shard_step", 7: "opt_weight_shard_size"}
+
+
+def _signed(number: int) -> int:
+    """A number below zero, which protobuf writes as its 64-bit complement."""
+    return number - (1 << 64) if number >> 63 else number
+
+
+def _dims(data: bytes, start: int, end: int) -> list[int]:
+    """The numbers of a message of repeated numbers, one a field or packed into one."""
+    dims = []
+    for field, first, last in fields(data, start, end):
+        if field != 1:
+            raise Damaged(f"field {field} among numbers at byte {start}")
+        if not last:
+            dims.append(_signed(first))
+        while first < last:
+            number, first = varint(data, first, last)
+            dims.append(_signed(number))
+    return dims
+
+
+def _read_layout(data: bytes, start: int, end: int) -> dict[str, Any]:
+    """A ParallelLayouts as JSON would have it."""
+    item: dict[str, Any] = {}
+    for field, first, last in fields(data, start, end):
+        if not last:
+            item[LAYOUT_FIELDS.get(field, "")] = _signed(first)
+        elif field in (1, 2):
+            item.setdefault(LAYOUT_FIELDS[field], []).append(_dims(data, first, last))
+    item["dev_matrix"], maps = item["dev_matrix"][0], item.get("tensor_map", [[]])
+    # Several maps: an axis each, which may be cut by several axes of the ranks; one: a number an axis.
+    item["tensor_map"] = [dims for dims in maps if dims] if len(maps) > 1 else maps[0]
+    return item
+
+
+def _read_protobuf(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Stage and entries of a ParallelStrategyMap."""
+    data = path.read_bytes()
+    stages, items = [], {}
+    for field, start, end in fields(data, 0, len(data)):
+        if field not in (2, 3) or not end:
+            continue
+        name, message = None, None  # of an operator and its strategy, or a parameter and its layouts
+        for inner, first, last in fields(data, start, end):
+            if inner == 1:
+                name = data[first:last].decode("utf-8")
+            elif inner == 2:
+                message = first, last
+        if name is None or message is None:
+            raise Damaged(f"no name or no layout at byte {start}")
+        if field == 2:
+            stages += [value for inner, value, last in fields(data, *message) if inner == 1 and not last]
+        else:
+            items[name] = _read_layout(data, *message)
+    return next(iter(stages), 0), items
+
+
+def _read_file(path: Path) -> dict[str, Layout]:
+    """The layouts of one file: JSON where its name says so, else protobuf, as MindSpore decides it."""
+    try:
+        stage, items = _read_json(path) if path.suffix == ".json" else _read_protobuf(path)
+        layouts = {}
+        for name, item in items.items():
+            # What `merge_pipeline_strategys` makes of several stages has the stage before each name.
+            merged = re.fullmatch(r"(\d+)-(.+)", name)
+            key, at = (merged[2], int(merged[1])) if merged else (name, stage)
+            if key not in layouts or at < layouts[key].stage:  # what two stages share, the first has too
+                layouts[key] = _layout(item, at)
+        if not layouts:
+            raise ValueError("it holds no parameter")
+        return layouts
+    except OSError as err:
+        raise CheckpointError(f"{path}: cannot be read ({err.strerror}); name the strategy file of the run that wrote "
+                              "the checkpoint") from err
+    except (Damaged, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as err:
+        raise CheckpointError(f"{path}: no strategy file of MindSpore's ({err!r}); name the strategy file of the run "
+                              "that wrote the checkpoint") from err
+
+
+def read_strategy(path: str | Path) -> dict[str, Layout]:
+    """The layout of every parameter, from a strategy file or a folder of them (one a rank or a pipeline stage).
+
+    Raises CheckpointError for a file that is none, and for files of different runs in one folder.
+    """
+    path = Path(path)
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    if not files:
+        raise CheckpointError(f"{path}: an empty folder; name the strategy file of the run that wrote the checkpoint")
+    layouts: dict[str, Layout] = {}
+    first: dict[int, tuple[Path, dict[str, Layout]]] = {}  # by stage
+    for file in files:
+        read = _read_file(file)
+        for stage in sorted({layout.stage for layout in read.values()}):
+            part = {name: layout for name, layout in read.items() if layout.stage == stage}
+            other, known = first.setdefault(stage, (file, part))
+            if known != part:
+                raise CheckpointError(f"{path}: {other.name} and {file.name} say different things of stage {stage}; "
+                                      "they are of different runs, give the one that belongs to the checkpoint")
+            layouts |= {name: layout for name, layout in part.items()
+                        if name not in layouts or stage < layouts[name].stage}
+    return layouts

@@ -1,0 +1,396 @@
+"""The configuration of a run: what departs from ChatGLM3-6B's defaults, checked as a whole before anything starts.
+
+The defaults of `model` are the published config.json of ChatGLM3-6B; those of `train` are MindFormers 1.1's
+`run_glm3_6b*.yaml`. Relative paths in a file are relative to that file's folder; in an override, to the working
+directory.
+
+    config = load_config("configs/tiny.yaml", ["train.batch_size=2"])
+"""
+
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from glm3kit.config.yaml_lines import parse_yaml, read_yaml
+from glm3kit.errors import ConfigError
+from glm3kit.files import atomic_write
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+Count = Annotated[int, Field(ge=1)]
+LoraTarget = Literal["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]  # the matrices of a layer
+Paths = Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
+# Keys that hold paths, as (group, key).
+PATH_KEYS = (("output_dir",), ("model", "checkpoint_name_or_path"), ("model", "adapters_path"),
+             ("model", "tokenizer_path"), ("data", "train_path"), ("data", "eval_path"))
+# What all ChatGLM3 models have in common, as their config.json says it; another value is another model.
+ARCHITECTURE = {"rmsnorm": True, "add_bias_linear": False, "add_qkv_bias": True, "multi_query_attention": True,
+                "post_layer_norm": True, "apply_residual_connection_post_layernorm": False, "original_rope": True}
+
+
+def read_published(path: str | Path) -> Any:
+    """The content of a config.json; raises ConfigError if there is none, or no JSON in it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        raise ConfigError(f"{path}: no such file; expected the config.json of the hub folder") from err
+    except (OSError, ValueError, RecursionError) as err:
+        raise ConfigError(f"{path}: cannot be read as JSON ({err}); download the file again") from err
+
+
+class Part(BaseModel):
+    """Base of the groups: no unknown keys, no silent conversion of types, no change after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Part):
+    """Sizes and types of a ChatGLM3; field names are those of the published config.json."""
+
+    num_layers: Count = 28
+    padded_vocab_size: Count = 65024
+    hidden_size: Count = 4096
+    ffn_hidden_size: Count = 13696
+    kv_channels: Count = 128  # size of one attention head
+    num_attention_heads: Count = 32
+    multi_query_group_num: Count = 2  # key/value heads
+    layernorm_epsilon: float = Field(1e-5, gt=0)
+    seq_length: Count = 2048  # tokens of the window
+    param_dtype: Dtype = "float16"
+    compute_dtype: Dtype = "float16"
+    use_flash_attention: bool = False  # on Ascend, in float16 or bfloat16; a CPU computes the same without
+    checkpoint_name_or_path: str | None = None  # a weights file or folder
+    adapters_path: str | None = None  # LoRA adapters to fold into those weights: a file, a checkpoint or a job
+    tokenizer_path: str | None = None
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> "ModelConfig":
+        if self.num_attention_heads % self.multi_query_group_num:
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} is no multiple of "
+                             f"multi_query_group_num {self.multi_query_group_num}")
+        if self.use_flash_attention and self.compute_dtype == "float32":
+            raise ValueError("use_flash_attention is true, but compute_dtype is float32; the operator takes float16 "
+                             "and bfloat16")
+        if self.kv_channels % 4:
+            raise ValueError(f"kv_channels {self.kv_channels} is no multiple of 4: half a head is rotated, in pairs")
+        return self
+
+    @classmethod
+    def from_hf(cls, path: str | Path, **changes: Any) -> "ModelConfig":
+        """Read a published config.json; `changes` replace single fields.
+
+        Raises ConfigError for a missing file, a file of another model, or an architecture that ChatGLM3 does not have.
+        Example: ModelConfig.from_hf("chatglm3-6b/config.json", compute_dtype="float32")
+        """
+        return cls.from_published(read_published(path), path, **changes)
+
+    @classmethod
+    def from_published(cls, published: Any, path: str | Path, **changes: Any) -> "ModelConfig":
+        """The sizes in the content of a published config.json; `path` is where it stood, for messages."""
+        model_type = published.get("model_type") if isinstance(published, dict) else None
+        if model_type != "chatglm":
+            raise ConfigError(f"{path}: model_type is {model_type!r}, expected 'chatglm'; "
+                              "give the config.json of a ChatGLM3 model")
+        other = [f"{key} {published[key]} (expected {value})" for key, value in ARCHITECTURE.items()
+                 if published.get(key, value) != value]
+        if other:
+            raise ConfigError(f"{path}: not ChatGLM3's architecture: {', '.join(other)}")
+        fields = {key: published[key] for key in cls.model_fields if key in published}
+        dtype = published.get("torch_dtype", "float16")
+        try:
+            return cls(**{"param_dtype": dtype, "compute_dtype": dtype} | fields | changes)
+        except ValidationError as err:
+            raise ConfigError("\n".join(faults_of(err, {}, str(path), cls))) from err
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of the published config.json for these sizes; `from_hf` reads it back, the official code too."""
+        own = self.model_dump(exclude={"param_dtype", "compute_dtype", "use_flash_attention",
+                                       "checkpoint_name_or_path", "adapters_path",
+                                       "tokenizer_path"})
+        return {"architectures": ["ChatGLMModel"], "model_type": "chatglm", "torch_dtype": self.param_dtype,
+                **own, **ARCHITECTURE, "hidden_dropout": 0.0, "attention_dropout": 0.0, "bias_dropout_fusion": True,
+                "apply_query_key_layer_scaling": True, "attention_softmax_in_fp32": True,
+                "fp32_residual_connection": False, "quantization_bit": 0, "pre_seq_len": None,
+                "prefix_projection": False, "eos_token_id": 2, "pad_token_id": 0, "use_cache": True,
+                "tie_word_embeddings": False}
+
+
+class DataConfig(Part):
+    """Where the rows are and how long they may get; lengths in tokens."""
+
+    train_path: Paths = ()
+    eval_path: Paths = ()
+    origin_columns: Annotated[tuple[str, str], Field(strict=False)] = ("content", "summary")  # source, target
+    max_source_length: Count = 64
+    max_target_length: Count = 127
+    max_seq_length: Count | None = None  # for conversations only; else the sum of the two above and 1
+    tools_indent: int | None = Field(4, ge=0)  # null: MindFormers' form, 4: the chat prompt's form
+    skip_bad: bool = False
+    # Lengths besides seq_length that a batch may be padded to; a graph is compiled for each.
+    bucket_lengths: Annotated[tuple[Count, ...], Field(strict=False)] = ()
+    packing: bool = False  # several short rows in one, each computed as if it stood alone
+
+    @model_validator(mode="after")
+    def _check_buckets(self) -> "DataConfig":
+        lengths = self.bucket_lengths
+        if list(lengths) != sorted(set(lengths)) or (lengths and lengths[-1] >= self.seq_length):
+            raise ValueError(f"bucket_lengths {list(lengths)} do not rise and stay below seq_length {self.seq_length}, "
+                             "which is the last one by itself")
+        return self
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of a training row: max_source_length + max_target_length + 1, unless max_seq_length says otherwise."""
+        return self.max_seq_length or self.max_source_length + self.max_target_length + 1
+
+    @property
+    def row_rule(self) -> str:
+        """The sum of an ADGEN row, for messages."""
+        return (f"max_source_length {self.max_source_length} + max_target_length {self.max_target_length} + 1 = "
+                f"{self.max_source_length + self.max_target_length + 1}")
+
+
+class LoraConfig(Part):
+    """Adapters beside frozen matrices; MindFormers' LoRA configurations also set dropout 0.1."""
+
+    rank: Count = 8
+    alpha: float = Field(32.0, gt=0)  # what an adapter adds is scaled by alpha / rank
+    dropout: float = Field(0.0, ge=0, lt=1)  # of an adapter's input
+    targets: Annotated[tuple[LoraTarget, ...], Field(strict=False, min_length=1)] = ("query_key_value",)
+    adapters_only: bool = False  # checkpoints leave the frozen weights out; merge then reads them where they came from
+
+
+class TrainConfig(Part):
+    """Optimizer, schedule and saving; AdamW and a polynomial of power 1 as in MindFormers' GLM3 configurations."""
+
+    batch_size: Count = 4  # rows a device and micro-step
+    epochs: Count = 1
+    total_steps: Count | None = None  # default: all steps of all epochs
+    gradient_accumulation_steps: Count = 1
+    learning_rate: float = Field(5e-5, ge=0)
+    end_learning_rate: float = Field(1e-6, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)  # not on biases and norms
+    max_grad_norm: float | None = Field(1.0, gt=0)  # null: no clipping
+    loss_scale: float | Literal["dynamic"] | None = None  # "dynamic": 65536, factor 2, window 1000
+    recompute: bool = False  # each layer's forward pass again in the backward pass: less memory, more time
+    lora: LoraConfig | None = None  # train adapters alone; null: all weights
+    seed: int = Field(0, ge=0)
+    save_steps: Count | None = None  # default: at the end only
+    keep_checkpoints: Count = 1
+    log_steps: Count = 1
+    eval_steps: Count | None = None  # measure the loss on data.eval_path every so many steps; default: never
+    hang_timeout_s: float | None = Field(1800.0, gt=0)  # no step for so long ends the job; null: wait for ever
+
+
+class ParallelConfig(Part):
+    """How many processes train together, one a device: data_parallel x tensor_parallel."""
+
+    data_parallel: Count = 1  # see different rows
+    tensor_parallel: Count = 1  # share each matrix
+    shard_optimizer: bool = True  # ranks that see different rows share optimizer state and gradients
+    device_target: Literal["auto", "CPU", "Ascend"] = "auto"
+    peak_tflops: float | None = Field(None, gt=0)  # of a device, in compute_dtype: for model FLOP utilisation
+
+    @property
+    def ranks(self) -> int:
+        return self.data_parallel * self.tensor_parallel
+
+
+class GenerateConfig(Part):
+    """How answers are drawn; lengths in tokens. Stop ids are the tokenizer's."""
+
+    max_length: Count | None = None  # prompt and answer; default: the window
+    max_new_tokens: Count | None = None
+    do_sample: bool = False
+    temperature: float = Field(1.0, gt=0)
+    top_k: int = Field(0, ge=0)  # 0: all
+    top_p: float = Field(1.0, gt=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    seed: int | None = None
+
+
+class RunConfig(Part):
+    """Everything a run is made of. `model.seq_length` is derived from `data` where `data` names rows or lengths."""
+
+    name: str = Field("run", pattern=r"^[\w.-]+$")
+    output_dir: str = "output"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    generate: GenerateConfig = GenerateConfig()
+
+    @model_validator(mode="after")
+    def _derive_seq_length(self) -> "RunConfig":
+        data, derived = self.data, self.data.seq_length
+        given = data.model_fields_set
+        if data.max_seq_length and {"max_source_length", "max_target_length"} <= given:
+            if data.max_seq_length != data.max_source_length + data.max_target_length + 1:
+                raise ValueError(f"data.max_seq_length is {data.max_seq_length}, but {data.row_rule}; "
+                                 "give one or the other")
+        if not given & {"train_path", "max_source_length", "max_target_length", "max_seq_length"}:
+            return self
+        if "seq_length" not in self.model.model_fields_set:
+            # Frozen for users, not yet here.
+            self.__dict__["model"] = self.model.model_copy(update={"seq_length": derived})
+        elif self.model.seq_length != derived:
+            rule = f"max_seq_length is {derived}" if data.max_seq_length else data.row_rule
+            raise ValueError(f"model.seq_length is {self.model.seq_length}, but in data {rule}; "
+                             "leave model.seq_length out (it is derived), or change the lengths in data")
+        return self
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> "RunConfig":
+        base = self.model.checkpoint_name_or_path
+        if base is None and (self.model.adapters_path or (self.train.lora and self.train.lora.adapters_only)):
+            key = "model.adapters_path" if self.model.adapters_path else "train.lora.adapters_only"
+            raise ValueError(f"{key} is set, but model.checkpoint_name_or_path names no weights to fold adapters into; "
+                             "set it too")
+        return self
+
+    @model_validator(mode="after")
+    def _check_evaluation(self) -> "RunConfig":
+        if self.train.eval_steps and not self.data.eval_path:
+            raise ValueError("train.eval_steps is set, but data.eval_path names no held-out rows; give some, or leave "
+                             "eval_steps out")
+        return self
+
+    @model_validator(mode="after")
+    def _check_layout(self) -> "RunConfig":
+        def uneven(ranks: int) -> list[str]:
+            sizes = {key: getattr(self.model, key) for key in ("num_attention_heads", "multi_query_group_num",
+                                                               "ffn_hidden_size", "padded_vocab_size")}
+            # Several ranks may hold the same key/value group.
+            return [f"{key} {size}" for key, size in sizes.items()
+                    if size % ranks and not (key == "multi_query_group_num" and ranks % size == 0)]
+
+        ranks = self.parallel.tensor_parallel
+        if faults := uneven(ranks):
+            fits = [n for n in range(1, self.model.num_attention_heads + 1) if not uneven(n)]
+            raise ValueError(f"parallel.tensor_parallel is {ranks}, which does not divide {', '.join(faults)}; "
+                             f"these would do: {', '.join(map(str, fits))}")
+        return self
+
+    @property
+    def job_dir(self) -> Path:
+        """The folder of the run: output_dir/name."""
+        return Path(self.output_dir) / self.name
+
+    def save(self, path: str | Path) -> None:
+        """Write the complete configuration as YAML that `load_config` reads back equal; paths become absolute."""
+        values = self.model_dump(mode="json")
+        _absolute(values, Path.cwd())
+        if self.model.seq_length != self.data.seq_length:  # no rows or lengths were given: defaults must not look so
+            for key in ("train_path", "max_source_length", "max_target_length", "max_seq_length"):
+                del values["data"][key]
+        atomic_write(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def _group(holder: type[Part], key: str) -> type[Part] | None:
+    """The group that a key of another group holds (or may hold, as `lora`), None for a plain value."""
+    field = holder.model_fields.get(key)
+    kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Part)), None)
+
+
+def faults_of(error: ValidationError, lines: dict[tuple, int | str], source: str, root: type[Part]) -> list[str]:
+    """One line a key with a fault: where it stands, what was found, what was expected."""
+    faults: dict[tuple[str, str], list[str]] = {}
+    for item in error.errors():
+        group, loc = root, ()
+        for part in item["loc"]:  # what follows the key is pydantic's: places in a list, members of a union
+            if group is None:
+                break
+            loc = (*loc, part)
+            group = _group(group, part)
+        place = loc
+        if item["type"] == "value_error":  # our own validators begin with the key that they are about
+            place += tuple(item["msg"].removeprefix("Value error, ").split(" ")[0].split("."))
+        at = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), None)
+        where = f"{source}:{at}" if isinstance(at, int) else at or source
+        if item["type"] == "extra_forbidden":
+            holder = root
+            for part in loc[:-1]:
+                holder = _group(holder, part)
+            near = difflib.get_close_matches(loc[-1], list(holder.model_fields), 1)
+            message = "unknown key; " + (f"did you mean '{near[0]}'?" if near else
+                                         f"known here: {', '.join(holder.model_fields)}")
+        elif item["type"] == "value_error":
+            message = item["msg"].removeprefix("Value error, ")
+        else:
+            message = f"{item['msg'].replace('Input s', 's')}, got {item['input']!r}"
+        faults.setdefault((where, ".".join(loc)), []).append(message)
+    return [f"{where}: {key + ': ' if key else ''}{' or '.join(messages)}" for (where, key), messages in faults.items()]
+
+
+def _absolute(values: dict, folder: Path) -> None:
+    """Make the paths of a parsed file absolute, in place."""
+    for *groups, key in PATH_KEYS:
+        holder = values
+        for group in groups:
+            holder = holder.get(group) if isinstance(holder, dict) else None
+        if not isinstance(holder, dict):
+            continue
+        value = holder.get(key)
+        if isinstance(value, str):
+            holder[key] = str((folder / Path(value).expanduser()).resolve())
+        elif isinstance(value, list):
+            holder[key] = [str((folder / Path(v).expanduser()).resolve()) if isinstance(v, str) else v for v in value]
+
+
+def is_mindformers(values: dict) -> bool:
+    """Whether a parsed YAML has MindFormers' form, which `glm3kit.config.mindformers` reads."""
+    return isinstance(values.get("model"), dict) and isinstance(values["model"].get("model_config"), dict)
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a configuration file and apply overrides such as "train.batch_size=2".
+
+    The name of the run is the file's name unless `name` is given; results go to `output` in the working directory
+    unless `output_dir` is given.
+    Raises ConfigError that lists all faults together, each with file and line: unknown keys, wrong types, keys that
+    stand twice, a seq_length that does not match the data.
+    """
+    path = Path(path)
+    values, lines = read_yaml(path)
+    if is_mindformers(values):
+        raise ConfigError(f"{path}: this is MindFormers' form, of which AutoConfig.from_pretrained reads the model; "
+                          "for everything else copy the values that differ into one of the files in configs/")
+    values.setdefault("name", path.stem)
+    _absolute(values, path.parent)
+    values.setdefault("output_dir", str(Path("output").resolve()))
+
+    faults = []
+    where: dict[tuple, int | str] = dict(lines)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        keys = tuple(key.strip().split("."))
+        if not equals or not all(keys):
+            faults.append(f"override '{override}': expected group.key=value, such as train.batch_size=2")
+            continue
+        parsed, _ = parse_yaml(f"value: {value}" if value.strip() else "value: null", f"override '{override}'")
+        patch: dict = {keys[-1]: parsed["value"]}
+        for part in reversed(keys[:-1]):
+            patch = {part: patch}
+        _absolute(patch, Path.cwd())
+        holder, source = values, patch
+        for part in keys[:-1]:
+            if not isinstance(holder.get(part), dict):
+                holder[part] = {}
+            holder, source = holder[part], source[part]
+        holder[keys[-1]] = source[keys[-1]]
+        where[keys] = f"override '{override}'"
+    try:
+        config = RunConfig(**values)
+    except ValidationError as err:
+        faults += faults_of(err, where, str(path), RunConfig)
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return config

@@ -1,0 +1,1 @@
+"""A run as a folder; starting and watching its ranks."""

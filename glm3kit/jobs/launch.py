@@ -1,0 +1,294 @@
+"""Launch a run: one process a device, as a job that lives in its folder and not in the notebook.
+
+    job = launch(load_config("configs/tiny.yaml"))                 # waits, with a progress bar
+    job = launch(config, rank_table="hccl.json", wait=False)       # then job.wait(), job.stop(), job.log(0)
+    print(plan_launch(config, "hccl.json").report())               # what would be started, and why
+"""
+
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from ipaddress import ip_address
+from pathlib import Path
+
+import glm3kit
+from glm3kit.checkpoint.folder import newest_checkpoint
+from glm3kit.config.groups import RunConfig
+from glm3kit.errors import JobError, RankTableError
+from glm3kit.jobs.job import JOB_VARIABLE, LIVE, Job, end_processes, job_processes, last_lines, rank_process
+from glm3kit.jobs.plan import Plan, msrun_command, own_addresses, plan_run
+from glm3kit.setup.rank_table import (
+    RankTable,
+    ascend_cards,
+    find_rank_table,
+    local_rank_table,
+    read_rank_table,
+    wait_for_rank_table,
+)
+
+__all__ = ["Job", "Launch", "launch", "plan_launch", "rank_process"]
+
+RESULTS = ("job.json", "metrics.jsonl", "checkpoint", "strategy")  # what a run leaves and another must not mix with
+OTHER = ("log", "config.yaml", "rank_table.json")
+# Set by whoever started us, a platform or another msrun: msrun sets its own.
+FOREIGN = ("MS_ROLE", "MS_SCHED_HOST", "MS_SCHED_PORT", "MS_WORKER_NUM", "MS_NODE_ID", "RANK_ID", "RANK_SIZE",
+           "DEVICE_ID", "RANK_TABLE_FILE")
+LOCK_S = 10  # for a supervisor that has written its verdict to be gone
+
+
+def choose_rank_table(config: RunConfig, given: RankTable | str | Path | None = None,
+                      environ: Mapping[str, str] = os.environ, root: str | Path = "/",
+                      timeout_s: float = 0) -> RankTable:
+    """The table of the ranks of a run: the one given, else the platform's, else one for processes of this machine.
+
+    timeout_s: how long to wait for a table that the platform is still filling.
+    Raises RankTableError if it has fewer devices than the run needs, or is not complete in time, JobError if none of
+    those ranks is this machine's.
+    """
+    count, target = config.parallel.ranks, config.parallel.device_target
+    path = given if isinstance(given, (str, Path)) else None
+    if given is None and target != "CPU":
+        path = find_rank_table(environ, root)
+    if isinstance(given, RankTable):
+        table = given
+    elif path is not None:
+        table = wait_for_rank_table(path, timeout_s) if timeout_s else read_rank_table(path)
+    else:
+        cards = ascend_cards(root)
+        if target != "CPU" and len(cards) < count and (cards or target == "Ascend"):
+            raise RankTableError(f"this machine shows {len(cards)} Ascend card(s) (/dev/davinci*), but {count} are "
+                                 "asked for (data_parallel x tensor_parallel); ask for fewer, or set "
+                                 "parallel.device_target to CPU")
+        table = local_rank_table(count)
+    used = table.first(count)
+    names = [server.server_id for server in used.servers]
+    here = {address for address in own_addresses() if not ip_address(address).is_loopback}
+    if idle := [server for server in table.servers
+                if server.server_id not in names and {server.server_id, server.host_ip} & here]:
+        raise JobError(f"{table.source}: the {count} ranks asked for are on {', '.join(names)}, none on this machine "
+                       f"({idle[0].server_id}); launch there, or raise parallel.data_parallel")
+    return used
+
+
+def visible_devices(devices: Sequence[str], cards: Sequence[int]) -> str | None:
+    """ASCEND_RT_VISIBLE_DEVICES for ranks on other cards than the first of a machine, else None.
+
+    devices: device ids in the order of the ranks. msrun gives rank N the N-th visible card; cards are counted in the
+    order in which the machine shows them.
+    Example: devices 4 and 5 of cards 0 to 7 -> "4,5"
+    """
+    places = [cards.index(int(device)) for device in devices if int(device) in cards]
+    if len(places) < len(devices) or places == list(range(len(places))):
+        return None
+    return ",".join(map(str, places))
+
+
+def rank_environment(plan: Plan, target: str, environ: Mapping[str, str] = os.environ,
+                     root: str | Path = "/") -> dict[str, str]:
+    """The environment of the ranks: what the caller has, without another launcher's variables, with cores shared."""
+    environment = {key: value for key, value in environ.items() if key not in FOREIGN}
+    environment.setdefault("GLOG_v", "3")  # MindSpore: errors only
+    environment["PYTHONUNBUFFERED"] = "1"  # a log that can be followed
+    # msrun looks its interpreter up on PATH
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+    source = Path(glm3kit.__file__).resolve().parent.parent
+    if source.name not in ("site-packages", "dist-packages"):  # ranks run in another folder: a checkout must be found
+        paths = [str(source), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    cards = [] if target == "CPU" else ascend_cards(root)
+    if not cards:
+        cores = len(os.sched_getaffinity(0))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // len(plan.devices))))
+    elif (visible := visible_devices(plan.devices, cards)) and "ASCEND_RT_VISIBLE_DEVICES" not in environment:
+        environment["ASCEND_RT_VISIBLE_DEVICES"] = visible
+    if plan.own_address:  # else MindSpore and HCCL each take the first interface that they find
+        environment.setdefault("MS_WORKER_IP", plan.own_address)
+        if "HCCL_SOCKET_IFNAME" not in environment:
+            environment.setdefault("HCCL_IF_IP", plan.own_address)
+    if plan.ranks == 1:  # no msrun that would say so
+        environment |= {"RANK_ID": "0", "RANK_SIZE": "1", "DEVICE_ID": "0"}
+    return environment
+
+
+@dataclass(frozen=True)
+class Launch:
+    """All that is decided before anything is started."""
+
+    config: RunConfig
+    table: RankTable
+    plan: Plan
+    resume: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """The folder of this machine's job: that of the run on the first machine, one inside of it on the others."""
+        node = self.plan.node_rank
+        return self.config.job_dir.resolve() / f"node_{node}" if node else self.config.job_dir.resolve()
+
+    @property
+    def rank_command(self) -> list[str]:
+        """What Python runs as a rank."""
+        return ["-m", "glm3kit", "train", str(self.folder / "config.yaml"), *(["--resume"] if self.resume else [])]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment of the ranks."""
+        return rank_environment(self.plan, self.config.parallel.device_target)
+
+    def report(self) -> str:
+        """What was decided, and from what."""
+        return "\n".join([f"job: {self.folder}", *self.plan.reasons])
+
+    def shell(self) -> str:
+        """The command that starts the ranks and what it changes in the environment, as for a shell."""
+        command = [sys.executable, *self.rank_command]
+        if self.plan.ranks > 1:
+            command = msrun_command(self.plan, self.folder / "log", self.rank_command)
+        environment = self.environment | {JOB_VARIABLE: str(self.folder)}
+        ours = [JOB_VARIABLE, *rank_environment(self.plan, self.config.parallel.device_target, {})]
+        gone = [f"unset {key}" for key in FOREIGN if key in os.environ and key not in environment]
+        return "\n".join([*gone, *(f"export {key}={shlex.quote(environment[key])}" for key in sorted(ours)),
+                          f"cd {shlex.quote(str(self.folder / 'log'))}", shlex.join(command)])
+
+
+def plan_launch(config: RunConfig, rank_table: RankTable | str | Path | None = None, resume: bool = False,
+                table_timeout_s: float = 600, **by_hand: str | int | None) -> Launch:
+    """Decide what to start, without starting it; see `launch` for the arguments.
+
+    Raises RankTableError or JobError for what would keep a launch from starting: devices, addresses, ports.
+    """
+    if os.environ.get("RANK_SIZE", "1") != "1" and "MS_ROLE" not in os.environ:
+        raise JobError(f"RANK_SIZE={os.environ['RANK_SIZE']} is set: a platform starts this once a device. Let it run "
+                       "`glm3kit train` instead, which joins the others; or unset RANK_ID and RANK_SIZE")
+    table = choose_rank_table(config, rank_table, timeout_s=table_timeout_s)
+    return Launch(config, table, plan_run(table, **by_hand), resume)
+
+
+def _is_ending(folder: Path) -> bool:
+    """Whether the job in a folder has told how it ended: its supervisor is about to let the folder go."""
+    try:
+        return Job(folder).state()["state"] not in LIVE
+    except JobError:  # no job.json: another launch is about to start one
+        return False
+
+
+def _lock(folder: Path) -> int:
+    """Take the folder for one job; the supervisor inherits the lock and the system frees it when that ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "job.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as err:
+        raise JobError(f"{folder}: cannot be written ({err}); set output_dir to a folder of yours") from err
+    deadline = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError as err:
+            if _is_ending(folder) and time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
+            os.close(lock)
+            raise JobError(f"{folder}: a job is running here; Job.attach() finds it, its stop() ends it, "
+                           "or give the run another name") from err
+        except OSError as err:
+            os.close(lock)
+            raise JobError(f"{folder}: no lock can be taken there ({err}); set output_dir to a local disk") from err
+
+
+def _refuse_left_over(folder: Path) -> None:
+    if left := [process.pid for process in job_processes(folder)]:
+        raise JobError(f"{folder}: processes {left} of an earlier job still run; "
+                       "Job.attach(folder).stop() ends them")
+
+
+def _clear(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds a run, or remove that run."""
+    if overwrite:
+        end_processes(folder)
+    else:
+        _refuse_left_over(folder)
+    if not overwrite and (found := [name for name in RESULTS if (folder / name).exists()]):
+        raise JobError(f"{folder}: holds an earlier run ({', '.join(found)}); give this one another name, or "
+                       "overwrite=True to remove its log, metrics and checkpoints")
+    for name in (*RESULTS, *OTHER):
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _continue(folder: Path, job_dir: Path) -> None:
+    """Refuse a run without a checkpoint to go on from, or one that is still in use; keep what it holds."""
+    _refuse_left_over(folder)
+    newest_checkpoint(job_dir)
+    (folder / "job.json").unlink(missing_ok=True)
+    for record in [*(folder / "log").glob("*.json"), *(folder / "log").glob("*.step")]:  # how the ranks ended last time
+        record.unlink()
+
+
+def start_job(start: Launch, overwrite: bool = False, command: Sequence[str] | None = None) -> Job:
+    """Fill the folder and start the supervisor. command: what Python runs as a rank, by default `train`."""
+    job = Job(start.folder)
+    lock = _lock(job.folder)
+    try:
+        if start.resume:
+            _continue(job.folder, start.config.job_dir)
+        else:
+            _clear(job.folder, overwrite)
+        (job.folder / "log").mkdir(exist_ok=True)
+        start.config.save(job.folder / "config.yaml")
+        start.table.save(job.folder / "rank_table.json")
+        log = job.folder / "log" / "supervisor.log"
+        with log.open("wb") as output:
+            started = subprocess.run(
+                [sys.executable, "-m", "glm3kit.jobs.supervisor", str(job.folder), json.dumps(asdict(start.plan)),
+                 *(command or start.rank_command)],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=job.folder, pass_fds=[lock], check=False,
+                env=start.environment)
+    finally:
+        os.close(lock)  # the supervisor holds its own
+    if started.returncode:
+        raise JobError(f"{job.folder}: the job did not start; the end of log/supervisor.log:\n{last_lines(log, 20)}")
+    return job
+
+
+def launch(config: RunConfig, rank_table: RankTable | str | Path | None = None, wait: bool = True,
+           progress: bool = True, overwrite: bool = False, resume: bool = False, table_timeout_s: float = 600,
+           node_rank: int | None = None, master: str | None = None, port: int | None = None) -> Job:
+    """Train as `config` says, one process a device, in the folder output_dir/name.
+
+    rank_table: the devices, as a table or its file; by default the platform's (RANK_TABLE_FILE, /user/config), else
+        processes of this machine. The first ranks of it are used, as many as `parallel` asks for. Where it lists
+        several machines, run the same on each, with an output_dir that all of them see.
+    wait: return when the job has succeeded; Ctrl-C stops the job then. Without, return at once: the job goes on even
+        when this process ends, and Job.attach(folder) finds it again.
+    overwrite: remove an earlier run of the same name, with its checkpoints.
+    resume: go on from its newest complete checkpoint instead.
+    table_timeout_s: how long to wait for a table that is still being filled.
+    node_rank, master, port: what is otherwise found from the table and this machine's addresses, see `plan_run`.
+    Raises RankTableError for too few devices, JobError if a job runs in that folder or has left results there, and,
+    when waiting, JobError with the reason if the job fails: rank, exit code or signal, the end of its log.
+    """
+    start = plan_launch(config, rank_table, resume, table_timeout_s, node_rank=node_rank, master=master, port=port)
+    return run_launch(start, wait, progress, overwrite)
+
+
+def run_launch(start: Launch, wait: bool = True, progress: bool = True, overwrite: bool = False) -> Job:
+    """Start what was planned, see `launch`."""
+    job = start_job(start, overwrite)
+    if wait:
+        try:
+            job.wait(progress=progress)
+        except KeyboardInterrupt:
+            job.stop()
+            raise
+    return job

@@ -1,0 +1,163 @@
+"""A training step as compiled graphs: gradients of a micro-batch in shards, what all ranks agree on, the update.
+
+    Step(Gradients(net, topology), Totals(net, topology), AdamW(net, config, topology), max_norm=1.0)
+"""
+
+from math import gcd
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+
+from glm3kit.checkpoint.layout import copies_of
+from glm3kit.data.token_file import IGNORE_INDEX
+from glm3kit.model.chatglm3 import ChatGLM3, slicing
+from glm3kit.parallel import ReduceScatter, SumOfCopies, Topology, WorldSum
+from glm3kit.train.lora import dropout_key
+from glm3kit.train.optimizer import AdamW, clip_factor
+
+
+class SummedLoss(nn.Cell):
+    """input_ids, labels (B, T) -> summed loss; a cell of its own, since gradients are taken of cells."""
+
+    def __init__(self, net: ChatGLM3):
+        super().__init__(auto_prefix=False)
+        self.net = net
+
+    def construct(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        return self.net.loss_sum(input_ids, labels)
+
+
+class PackedLoss(SummedLoss):
+    """input_ids, labels, segment_ids (B, T) -> summed loss; gradients are not taken of cells with default arguments."""
+
+    def construct(self, input_ids: Tensor, labels: Tensor, segment_ids: Tensor) -> Tensor:
+        return self.net.loss_sum(input_ids, labels, segment_ids)
+
+
+class Gradients(nn.Cell):
+    """Forward and backward of one micro-batch, gradients in float32, cut into shards as soon as they are summed.
+
+    (input_ids, labels (B, T), scale, segment_ids (B, T) of packed rows) -> (this rank's gradient shards, [loss sum,
+    labels that count])
+    """
+
+    def __init__(self, net: ChatGLM3, topology: Topology):
+        super().__init__(auto_prefix=False)
+        self.loss, self.packed_loss = SummedLoss(net), PackedLoss(net)
+        self.parameters = ParameterTuple(net.trainable_params())
+        self.dropout_key = dropout_key(net)  # a graph finds only parameters that a cell holds
+        self.backward = ops.GradOperation(get_by_list=True, sens_param=True)
+        self.reduce = ReduceScatter(topology)
+        self.copies = nn.CellList([SumOfCopies(topology, cut) if cut and copies_of(cut, topology.tensor_parallel)[1] > 1
+                                   else nn.Identity() for cut in (slicing(p.name, net.cfg) for p in self.parameters)])
+
+    def construct(self, input_ids: Tensor, labels: Tensor, scale: Tensor, segment_ids: Tensor | None = None) -> tuple:
+        if segment_ids is None:
+            loss = self.loss(input_ids, labels)
+            gradients = self.backward(self.loss, self.parameters)(input_ids, labels, scale)
+        else:
+            loss = self.packed_loss(input_ids, labels, segment_ids)
+            gradients = self.backward(self.packed_loss, self.parameters)(input_ids, labels, segment_ids, scale)
+        shards = ()
+        for i in range(len(gradients)):
+            shards += (self.reduce(self.copies[i](gradients[i].astype(ms.float32))),)
+        counted = (labels != IGNORE_INDEX).astype(ms.float32).sum()
+        return shards, ops.stack((loss, counted))
+
+
+class Totals(nn.Cell):
+    """What all ranks agree on: (gradient shards, [loss sum, count], scale) -> [mean loss, gradient norm, count].
+
+    What several ranks hold alike is counted once: loss and count, the gradients of norms and of shared key/value
+    groups, all gradients where the optimizer is not sharded.
+    """
+
+    def __init__(self, net: ChatGLM3, topology: Topology):
+        super().__init__(auto_prefix=False)
+        self.world_sum, self.slices = WorldSum(topology), topology.tensor_parallel
+        self.data_copies = topology.data_parallel // topology.shards
+        self.square, self.sum, self.add = ops.Square(), ops.ReduceSum(), ops.AddN()
+        # Of each shard the parts that no other slice holds and that several hold: (start, stop, columns, slices).
+        self.parts = []
+        for parameter in net.trainable_params():
+            rows, copies = copies_of(slicing(parameter.name, net.cfg), self.slices)
+            size = -(-parameter.size // topology.shards)
+            before = rows * (parameter.size // parameter.shape[0]) - topology.shard_rank * size
+            alone = size if copies == 1 else min(max(before, 0), size)
+            parts = ((0, alone, 1), (alone, size, copies))
+            self.parts.append(tuple((a, z, gcd(z - a, 1024), n) for a, z, n in parts if z > a))
+
+    def construct(self, shards: tuple, sums: Tensor, scale: Tensor) -> Tensor:
+        squares = ()
+        for i in range(len(shards)):
+            for start, stop, columns, copies in self.parts[i]:
+                part = shards[i] if stop - start == shards[i].size else shards[i].reshape(-1)[start:stop]
+                # Row by row, as a single sum is slow; ops.L2Loss loses digits with the size, a third at 10^8 values.
+                squares += (self.sum(self.sum(self.square(part.reshape(-1, columns)), 1)) / copies,)
+        totals = self.world_sum(ops.concat((sums / self.slices, (self.add(squares) / self.data_copies).reshape(1))))
+        count = ops.maximum(totals[1], 1.0)
+        return ops.stack((totals[0] / count, ops.sqrt(totals[2]) / (count * scale), count))
+
+
+def told_last(totals: Tensor, updated: Tensor) -> Tensor:
+    """The totals, by an operator that runs after the update.
+
+    A result that is ready before its graph is done keeps `asnumpy` spinning: on two cores that costs the update's
+    operators half their speed.
+    """
+    return ops.concat((ops.depend(totals[:1], updated), totals[1:]))
+
+
+class Step(nn.Cell):
+    """A whole step of one micro-batch as one graph: gradients, totals, update -> [mean loss, gradient norm, count]."""
+
+    def __init__(self, gradients: Gradients, totals: Totals, optimizer: AdamW, max_norm: float | None):
+        super().__init__(auto_prefix=False)
+        self.gradients, self.totals, self.optimizer, self.max_norm = gradients, totals, optimizer, max_norm
+
+    @ms.jit
+    def construct(self, input_ids: Tensor, labels: Tensor, scale: Tensor, rate: Tensor, eps: Tensor,
+                  decay: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+        shards, sums = self.gradients(input_ids, labels, scale, segment_ids)
+        totals = self.totals(shards, sums, scale)
+        factor = clip_factor(totals[1], totals[2], scale, self.max_norm)
+        return told_last(totals, self.optimizer(shards, factor, rate, eps, decay))
+
+
+class Accumulate(nn.Cell):
+    """Add a micro-batch to the accumulated shards and sums -> totals so far, as `Totals` gives them."""
+
+    def __init__(self, gradients: Gradients, totals: Totals, optimizer: AdamW):
+        super().__init__(auto_prefix=False)
+        self.gradients, self.totals = gradients, totals
+        self.accumulated = ParameterTuple([Parameter(Tensor(np.zeros(m.shape, np.float32)), f"accumulated.{m.name}")
+                                           for m in optimizer.masters])
+        self.sums = Parameter(Tensor(np.zeros(2, np.float32)), "accumulated.sums")
+        self.assign = ops.Assign()
+
+    @ms.jit
+    def construct(self, input_ids: Tensor, labels: Tensor, scale: Tensor, keep: Tensor,
+                  segment_ids: Tensor | None = None) -> Tensor:
+        """keep: 0 for the first micro-batch of a step, which replaces what the last step left; else 1."""
+        shards, sums = self.gradients(input_ids, labels, scale, segment_ids)
+        added = ()
+        for i in range(len(shards)):
+            # A product with 0 would keep an overflow of the step before.
+            before = ops.select(keep > 0, self.accumulated[i], ops.zeros_like(shards[i]))
+            added += (self.assign(self.accumulated[i], before + shards[i]),)
+        sums = self.assign(self.sums, ops.select(keep > 0, self.sums, ops.zeros_like(sums)) + sums)
+        return self.totals(added, sums, scale)
+
+
+class Update(nn.Cell):
+    """Update from the accumulated shards."""
+
+    def __init__(self, accumulate: Accumulate, optimizer: AdamW, max_norm: float | None):
+        super().__init__(auto_prefix=False)
+        self.accumulated, self.optimizer, self.max_norm = accumulate.accumulated, optimizer, max_norm
+
+    @ms.jit
+    def construct(self, totals: Tensor, scale: Tensor, rate: Tensor, eps: Tensor, decay: Tensor) -> Tensor:
+        factor = clip_factor(totals[1], totals[2], scale, self.max_norm)
+        return told_last(totals, self.optimizer(self.accumulated, factor, rate, eps, decay))

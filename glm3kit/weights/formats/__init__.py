@@ -1,0 +1,1 @@
+"""The file forms of weights, each read a tensor at a time."""

@@ -1,0 +1,173 @@
+"""Reading and writing MindSpore's .ckpt files, memory-mapped and a tensor at a time.
+
+The form (mindspore/train/checkpoint.proto, serialization.py): protobuf messages one after the other, one a tensor, each
+`Checkpoint{1: Value{1: tag, 2: TensorProto{1: dims, 2: type, 3: content}}}`. A tensor of more than 512 MiB goes on in
+the next messages with the same tag. `save_checkpoint(crc_check=True)` ends with "crc_num" and a number of 10 bytes.
+
+    tensors = read_ckpt("glm3_6b.ckpt"); tensors.specs; tensors["transformer.output_layer.weight"]
+"""
+
+import mmap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from glm3kit.errors import CheckpointError
+from glm3kit.files import StreamedFile, atomic_path
+from glm3kit.weights.formats.protobuf import BYTES, VARINT, Damaged, field_head, fields, varint
+from glm3kit.weights.tensors import DTYPES, Tensors, TensorSpec, cut, raw_bytes
+
+TYPES = {"float64": "Float64", "float32": "Float32", "float16": "Float16", "bfloat16": "BFloat16", "int64": "Int64",
+         "int32": "Int32", "int16": "Int16", "int8": "Int8", "uint64": "UInt64", "uint32": "UInt32",
+         "uint16": "UInt16", "uint8": "UInt8", "bool": "Bool"}
+NAMES = {text: name for name, text in TYPES.items()}
+SLICE = 512 << 20  # bytes of content a message, MindSpore's own limit
+CRC_TAIL = 17  # bytes: "crc_num" and the number
+
+
+def _text(data: mmap.mmap, start: int, end: int) -> str:
+    try:
+        return data[start:end].decode("utf-8")
+    except UnicodeDecodeError as err:
+        raise Damaged(f"no text at byte {start}") from err
+
+
+def _tensor(data: mmap.mmap, start: int, end: int) -> tuple[str, tuple[int, ...], int, int]:
+    """Read a TensorProto: (type, shape, first byte of the content, byte after the last)."""
+    dims, dtype, content = [], None, None
+    for field, first, last in fields(data, start, end):
+        if field == 1 and last:  # dims packed into one field
+            while first < last:
+                dim, first = varint(data, first, last)
+                dims.append(dim)
+        elif field == 1:
+            dims.append(first)
+        elif field == 2:
+            dtype = _text(data, first, last)
+        elif field == 3:
+            content = first, last
+    if dtype is None or content is None:
+        raise Damaged(f"no type or no content in the tensor at byte {start}")
+    return dtype, tuple(dims), *content
+
+
+def _values(data: mmap.mmap, end: int) -> Iterator[tuple[str, str, tuple[int, ...], int, int]]:
+    """Every value of the file: name, type, shape, first byte, byte after the last."""
+    for field, start, stop in fields(data, 0, end):
+        if field != 1 or not stop:
+            raise Damaged(f"field {field} before byte {start}")
+        tag, tensor = None, None
+        for inner, first, last in fields(data, start, stop):
+            if inner == 1:
+                tag = _text(data, first, last)
+            elif inner == 2:
+                tensor = _tensor(data, first, last)
+        if tag is None or tensor is None:
+            raise Damaged(f"no name or no tensor in the value at byte {start}")
+        yield tag, *tensor
+
+
+def _directory(data: mmap.mmap) -> tuple[dict[str, TensorSpec], dict[str, list[tuple[int, int]]], dict[str, str]]:
+    """What the file holds: specs, places (a list of pieces each), and the values that are text."""
+    end = len(data)
+    if data[end - CRC_TAIL:end - CRC_TAIL + 7] == b"crc_num":
+        end -= CRC_TAIL
+    specs: dict[str, TensorSpec] = {}
+    pieces: dict[str, list[tuple[int, int]]] = {}
+    texts: dict[str, str] = {}
+    last_tag = None
+    for tag, dtype, dims, first, last in _values(data, end):
+        if dtype == "str":  # NumPy's text: 4 bytes a character
+            try:
+                texts[tag] = data[first:last].decode("utf-32-le")
+            except UnicodeDecodeError as err:
+                raise Damaged(f"no text at byte {first}") from err
+        elif dtype not in NAMES:
+            raise Damaged(f"'{tag}' has type {dtype!r}; read are {', '.join(NAMES)}")
+        elif tag in specs and tag != last_tag:
+            raise Damaged(f"'{tag}' stands twice, the second time at byte {first}")
+        else:
+            specs[tag] = TensorSpec(NAMES[dtype], () if dims == (0,) else dims)  # 0 is how it writes a scalar
+            pieces.setdefault(tag, []).append((first, last))
+        last_tag = tag
+    for tag, spec in specs.items():
+        found = sum(last - first for first, last in pieces[tag])
+        if found != spec.nbytes:
+            raise Damaged(f"'{tag}' of type {spec.dtype} and shape {list(spec.shape)} needs {spec.nbytes} bytes, "
+                           f"it has {found}")
+    if not specs:
+        raise Damaged("it holds no tensor")
+    return specs, pieces, texts
+
+
+def read_ckpt(path: str | Path) -> Tensors:
+    """Open a .ckpt file: types and shapes at once, a tensor's bytes when it is asked for.
+
+    The arrays are read-only views of the mapped file, but for those in several pieces. `metadata` are the values that
+    are text. Nothing is executed: the form holds numbers and text only.
+    Raises CheckpointError for a file that is cut off, damaged, encrypted or no .ckpt.
+    """
+    path = Path(path)
+    try:
+        if not path.stat().st_size:
+            raise Damaged("it is empty")
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        specs, pieces, texts = _directory(data)
+    except OSError as err:
+        raise CheckpointError(f"{path}: cannot be read: {err.strerror}") from err
+    except Damaged as err:
+        raise CheckpointError(f"{path}: no MindSpore checkpoint, or a damaged or encrypted one: {err}; "
+                              "get it again, or save it without encryption") from err
+
+    def read(name: str) -> np.ndarray:
+        dtype, shape = DTYPES[specs[name].dtype], specs[name].shape
+        if len(pieces[name]) == 1:
+            return np.ndarray(shape, dtype, data, pieces[name][0][0])
+        whole = np.empty(specs[name].nbytes, np.uint8)
+        position = 0
+        for first, last in pieces[name]:
+            whole[position:position + last - first] = np.frombuffer(data, np.uint8, last - first, first)
+            position += last - first
+        return whole.view(dtype).reshape(shape)
+
+    def in_pieces(name: str) -> Iterator[np.ndarray]:
+        dtype = DTYPES[specs[name].dtype]
+        if any((last - first) % dtype.itemsize for first, last in pieces[name]):
+            yield from cut(read(name))
+        else:
+            for first, last in pieces[name]:
+                yield from cut(np.ndarray((last - first) // dtype.itemsize, dtype, data, first))
+
+    return Tensors(specs, read, texts, in_pieces)
+
+
+def _head(name: str, spec: TensorSpec, size: int) -> bytes:
+    """What stands before `size` bytes of a tensor's content."""
+    tag, dtype = name.encode("utf-8"), TYPES[spec.dtype].encode()
+    dims = b"".join(field_head(1, VARINT, dim) for dim in spec.shape or (0,))
+    inner = dims + field_head(2, BYTES, len(dtype)) + dtype + field_head(3, BYTES, size)
+    value = field_head(1, BYTES, len(tag)) + tag + field_head(2, BYTES, len(inner) + size) + inner
+    return field_head(1, BYTES, len(value) + size) + value
+
+
+def write_ckpt(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write tensors to a .ckpt that `mindspore.load_checkpoint` reads, whole or not at all, one tensor at a time.
+
+    Example: write_ckpt("glm3.ckpt", {"a.weight": np.zeros((2, 3), np.float16)})
+    """
+    tensors = Tensors.of(tensors)
+    with atomic_path(path) as temporary, StreamedFile(temporary) as file:
+        for name, spec in tensors.specs.items():
+            left, room = spec.nbytes, min(spec.nbytes, SLICE)  # bytes of the tensor, and of this message
+            file.write(_head(name, spec, room))
+            for content in map(raw_bytes, tensors.pieces(name)):
+                while content:
+                    if not room:
+                        room = min(left, SLICE)
+                        file.write(_head(name, spec, room))
+                    part = content[:room]
+                    file.write(part)
+                    room, left, content = room - len(part), left - len(part), content[len(part):]
+            assert not left, f"{name} has the bytes that its spec says"
