@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 from disk import copy_seconds, files_of, forget, model_config, watch
 
-from glm3kit.checkpoint.layout import Layout, Slicing
+from glm3kit.checkpoint.layout import Layout
 from glm3kit.checkpoint.strategy import write_strategy
 from glm3kit.config.groups import ModelConfig
-from glm3kit.model.chatglm3 import slicing
 from glm3kit.weights.formats.ckpt import write_ckpt
 from glm3kit.weights.formats.safetensors import write_safetensors
 from glm3kit.weights.read import parameter_shapes
+from glm3kit.weights.slices import Slicing, slicing
 from glm3kit.weights.tensors import PIECE, Tensors, TensorSpec
 
 RANKS = 8

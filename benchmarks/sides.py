@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm3kit.config.groups import ModelConfig
+from glm3kit.model.load import fill_parameters
 from glm3kit.weights.convert import convert_weights
-from glm3kit.weights.read import fill_parameters, random_weights, write_random_hub_weights
+from glm3kit.weights.read import random_weights, write_random_hub_weights
 
 if TYPE_CHECKING:
     from transformers import GlmForCausalLM

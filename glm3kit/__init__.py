@@ -16,13 +16,13 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ does
     from glm3kit.config.mindformers import AutoConfig
     from glm3kit.data.encode import encode_adgen, encode_conversation
     from glm3kit.jobs.metrics import read_metrics
-    from glm3kit.model.chatglm3 import AutoModel, ChatGLM3
+    from glm3kit.model.chatglm3 import ChatGLM3
+    from glm3kit.model.load import AutoModel, load_weights
     from glm3kit.notebook.chat_widget import chat_widget
     from glm3kit.setup.rank_table import merge_rank_tables, read_rank_table
     from glm3kit.text.messages import process_response
     from glm3kit.text.tokenizer import ChatGLM3Tokenizer
     from glm3kit.weights.convert import convert_weights
-    from glm3kit.weights.read import load_weights
 
 __version__ = "0.1.0"
 
@@ -37,12 +37,12 @@ _HOME = {
     "AutoConfig": "config.mindformers",
     "ChatGLM3Tokenizer": "text.tokenizer",
     "process_response": "text.messages",
-    "convert_weights": "weights.convert", "load_weights": "weights.read",
+    "convert_weights": "weights.convert", "load_weights": "model.load",
     "encode_adgen": "data.encode", "encode_conversation": "data.encode",
     "ChatSession": "chat.session",
     "tool": "chat.tools",
     "merge_rank_tables": "setup.rank_table", "read_rank_table": "setup.rank_table",
-    "AutoModel": "model.chatglm3", "ChatGLM3": "model.chatglm3",
+    "AutoModel": "model.load", "ChatGLM3": "model.chatglm3",
     "read_metrics": "jobs.metrics",
     "chat_widget": "notebook.chat_widget",
 }

@@ -142,7 +142,7 @@ def evaluate(config: RunConfig, net: "ChatGLM3 | None" = None, progress: bool = 
     held_out = config.data.model_copy(update={"train_path": ()})  # the training rows are not needed here
     tokens = prepare_data(config.model_copy(update={"data": held_out}), progress)["eval"]
     if net is None:
-        from glm3kit.model.chatglm3 import AutoModel
+        from glm3kit.model.load import AutoModel
 
         net = AutoModel.from_config(config.model)
     batches = Batches(tokens, config.train.batch_size, config.model.seq_length, shuffle=False, drop_last=False)

@@ -19,9 +19,9 @@ import psutil
 from mindspore import Tensor, nn, ops
 from mindspore.communication import GlobalComm, create_group, get_group_size, get_rank, init
 
-from glm3kit.checkpoint.layout import Slicing, copies_of
 from glm3kit.config.groups import ParallelConfig
 from glm3kit.errors import ConfigError
+from glm3kit.weights.slices import Slicing, copies_of
 
 
 @dataclass(frozen=True)

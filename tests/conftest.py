@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import ROOT
+from support import GOLDEN, ROOT, TOKENIZER
+
+from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 
 os.environ.setdefault("GLOG_v", "3")  # before any import of mindspore: its warnings would fill the report
 
@@ -22,7 +24,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """A small ChatGLM3 of random weights, and what the official PyTorch code computes on it."""
-    return ROOT / "tests" / "golden"
+    return GOLDEN
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +46,9 @@ def published(hub: Path) -> dict[str, np.ndarray]:
 
     return {name: array for file in hub.glob("*.safetensors")
             for name, array in safetensors.numpy.load_file(file).items()}
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> ChatGLM3Tokenizer:
+    """The tokenizer that comes with the kit."""
+    return ChatGLM3Tokenizer(TOKENIZER)

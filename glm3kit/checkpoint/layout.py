@@ -18,6 +18,7 @@ from typing import TypeVar
 import numpy as np
 
 from glm3kit.errors import CheckpointError
+from glm3kit.weights.slices import Slicing
 from glm3kit.weights.tensors import PIECE, Tensors, TensorSpec, cut, release
 
 Region = tuple[slice, ...]
@@ -25,46 +26,6 @@ Piece = tuple[tuple[int, ...], int]  # the number of a slice along each axis of 
 MAX_RANKS = 1 << 16
 AHEAD = 8  # pieces of a tensor that are read before they are asked for
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Slicing:
-    """How a parameter is cut for tensor parallelism: along `axis`, each of the `segments` (their lengths) on its own.
-
-    Fused matrices have several segments: a slice of query_key_value holds some heads of each of q, k and v.
-    unit: length of what is not cut, such as a head. A segment of fewer units than ranks is held several times.
-    """
-
-    axis: int
-    segments: tuple[int, ...]
-    unit: int = 1
-
-    def ranges(self, rank: int, ranks: int) -> list[tuple[int, int]]:
-        """Where the slice of one of `ranks` ranks lies in the whole: (first, end) of each segment's part."""
-        result, start = [], 0
-        for length in self.segments:
-            units = length // self.unit
-            assert units * self.unit == length and max(units, ranks) % min(units, ranks) == 0, "checked with the layout"
-            held = max(units // ranks, 1)
-            first = start + rank * units // ranks * self.unit
-            result.append((first, first + held * self.unit))
-            start += length
-        return result
-
-    def part(self, values: np.ndarray, rank: int, ranks: int) -> np.ndarray:
-        """The slice of one of `ranks` ranks."""
-        parts = [values[first:end] if self.axis == 0 else values[:, first:end]
-                 for first, end in self.ranges(rank, ranks)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, self.axis)
-
-
-def copies_of(cut: Slicing | None, ranks: int) -> tuple[int, int]:
-    """(n, copies) of a slice: its first n indices no other rank holds, each of the others `copies` ranks hold alike."""
-    if cut is None:
-        return 0, ranks
-    units = [length // cut.unit for length in cut.segments]
-    alone = [end - first for (first, end), count in zip(cut.ranges(0, ranks), units, strict=True) if count >= ranks]
-    return sum(alone), max(ranks // min(units), 1)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from glm3kit.checkpoint.layout import whole_tensors
 from glm3kit.checkpoint.strategy import read_strategy
 from glm3kit.config.groups import load_config
 from glm3kit.errors import CheckpointError
-from glm3kit.train.lora import fold_adapters, is_adapter, read_adapters
+from glm3kit.weights.adapters import fold_adapters, is_adapter
 from glm3kit.weights.formats.ckpt import read_ckpt
 from glm3kit.weights.formats.safetensors import read_safetensors
 from glm3kit.weights.read import TRAINING_STATE, read_weights, write_weights
@@ -131,3 +131,20 @@ def merge(source: str | Path, destination: str | Path, strategy: str | Path | No
         tensors = fold_adapters(tensors, origin=str(source))
     return write_weights(destination, tensors, max_shard_size=max_shard_size, about={"source": str(source)},
                          force=force, progress=progress)
+
+
+def read_adapters(path: str | Path) -> Tensors:
+    """The adapters of a .safetensors file, a job (its newest checkpoint) or a checkpoint, without weights beside them.
+
+    Raises CheckpointError where there are none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        stored = merged_tensors(path)
+    else:
+        stored = read_safetensors(path)
+    specs = {name: spec for name, spec in stored.specs.items() if is_adapter(name)}
+    if not specs:
+        raise CheckpointError(f"{path}: holds no adapters (lora_a, lora_b, lora_alpha), but "
+                              f"{', '.join(list(stored)[:3])}; name plain weights as checkpoint_name_or_path")
+    return Tensors(specs, stored.__getitem__)

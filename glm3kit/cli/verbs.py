@@ -303,7 +303,7 @@ def _model(config: "RunConfig") -> "tuple[ChatGLM3, ChatGLM3Tokenizer, dict[str,
     if missing:
         raise ConfigError("\n".join(f"model.{key} is not set; set it in the configuration, or add model.{key}=PATH"
                                     for key in missing))
-    from glm3kit.model.chatglm3 import AutoModel
+    from glm3kit.model.load import AutoModel
     from glm3kit.parallel import choose_device
     from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 

@@ -15,42 +15,15 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from glm3kit.checkpoint.layout import Slicing
 from glm3kit.config.groups import ModelConfig
 from glm3kit.data.token_file import IGNORE_INDEX
 from glm3kit.errors import ConfigError
 from glm3kit.model.attention import MASKED, SelfAttention, rotary_tables
-from glm3kit.model.layers import MLP, Embedding, Linear, RMSNorm, undrawn_weights
+from glm3kit.model.layers import MLP, Embedding, Linear, RMSNorm
 from glm3kit.parallel import ALONE, GatherSlices, SumOfSlices, Topology, on_ascend
 
 if TYPE_CHECKING:  # it imports this module
     from glm3kit.generate.loop import Conversation
-
-
-
-def slicing(name: str, cfg: ModelConfig) -> Slicing | None:
-    """How tensor parallelism cuts a parameter, None for one that every rank holds whole.
-
-    The matrices that enter attention and MLP are cut by their outputs (whole heads, whole gate/up columns), those that
-    leave by their inputs, embedding and output layer by words. Where there are more ranks than key/value groups,
-    several ranks hold the same group. An adapter's A is cut where W's inputs are, its B where W's outputs are.
-    """
-    head, ffn = cfg.kv_channels, cfg.ffn_hidden_size
-    queries, keys = cfg.num_attention_heads * head, cfg.multi_query_group_num * head
-    by_inputs = "self_attention.dense" in name or "dense_4h_to_h" in name
-    if name.endswith(("lora_alpha", "lora_b" if by_inputs else "lora_a")):
-        return None
-    if "query_key_value" in name:
-        return Slicing(0, (queries, keys, keys), unit=head)
-    if "dense_h_to_4h" in name:
-        return Slicing(0, (ffn, ffn))
-    if "self_attention.dense" in name:
-        return Slicing(1, (queries,), unit=head)
-    if "dense_4h_to_h" in name:
-        return Slicing(1, (ffn,))
-    if "embedding_table" in name or "output_layer" in name:
-        return Slicing(0, (cfg.padded_vocab_size,))
-    return None
 
 
 class Layer(nn.Cell):
@@ -226,19 +199,3 @@ class ChatGLM3(nn.Cell):
         """Streams the answers of a conversation, computing what is new; see `glm3kit.generate.loop.Conversation`."""
         from glm3kit.generate.loop import Conversation
         return Conversation(self, **settings)
-
-
-class AutoModel:
-    """The name that MindFormers' scripts use for building a model."""
-
-    @staticmethod
-    def from_config(config: ModelConfig) -> ChatGLM3:
-        """A ChatGLM3 with the weights (and adapters) that the configuration names; random ones where it names none."""
-        from glm3kit.weights.read import load_weights
-
-        if not config.checkpoint_name_or_path:
-            return ChatGLM3(config)
-        with undrawn_weights():
-            net = ChatGLM3(config)
-        load_weights(net, config.checkpoint_name_or_path, config.adapters_path)
-        return net

@@ -3,8 +3,6 @@
 In the shapes: B batch, T tokens, N = B * T rows, C hidden size, F ffn size, V vocabulary.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 
 import mindspore as ms
@@ -16,16 +14,6 @@ from glm3kit.model.dropout import Dropout
 from glm3kit.parallel import CopyToSlices, SumOfSlices, Topology
 
 _draws = ContextVar("draws", default=True)
-
-
-@contextmanager
-def undrawn_weights() -> Iterator[None]:
-    """Build models without drawing random weights, where others come at once: to draw those of 6B takes minutes."""
-    token = _draws.set(False)
-    try:
-        yield
-    finally:
-        _draws.reset(token)
 
 
 def drawn(deviation: float, shape: tuple[int, ...], dtype: ms.Type) -> Tensor:

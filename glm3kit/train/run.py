@@ -16,7 +16,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from glm3kit.checkpoint.folder import STRATEGY, load_checkpoint, save_checkpoint, usable_checkpoint, weight_layouts
+from glm3kit.checkpoint.folder import STRATEGY
 from glm3kit.checkpoint.strategy import write_strategy
 from glm3kit.config.groups import RunConfig, TrainConfig
 from glm3kit.data.encode import Batches, prepare_data
@@ -27,12 +27,13 @@ from glm3kit.jobs.metrics import MetricsWriter, flops_per_token, format_step_lin
 from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.model.dropout import set_key
 from glm3kit.model.held_out import HeldOutLoss
-from glm3kit.model.layers import undrawn_weights
+from glm3kit.model.load import fill_parameters, load_weights, undrawn_weights
 from glm3kit.parallel import ALONE, Topology, barrier, memory_in_use, start_processes
 from glm3kit.train.lora import add_adapters
 from glm3kit.train.optimizer import AdamW, LossScale, bias_corrected, learning_rate
+from glm3kit.train.saving import load_checkpoint, save_checkpoint, usable_checkpoint, weight_layouts
 from glm3kit.train.step import Accumulate, Gradients, Step, Totals, Update
-from glm3kit.weights.read import fill_parameters, load_weights, random_weights
+from glm3kit.weights.read import random_weights
 
 Batch = tuple[np.ndarray, ...]  # input_ids, labels and, of packed rows, segment_ids, (B, T) int32 each
 

@@ -9,12 +9,12 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from glm3kit.checkpoint.layout import copies_of
 from glm3kit.data.token_file import IGNORE_INDEX
-from glm3kit.model.chatglm3 import ChatGLM3, slicing
+from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.parallel import ReduceScatter, SumOfCopies, Topology, WorldSum
 from glm3kit.train.lora import dropout_key
 from glm3kit.train.optimizer import AdamW, clip_factor
+from glm3kit.weights.slices import copies_of, slicing
 
 
 class SummedLoss(nn.Cell):

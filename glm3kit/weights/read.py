@@ -26,10 +26,10 @@ from glm3kit.weights.formats.torch import read_torch
 from glm3kit.weights.hub_files import cut_into_shards, index_name, index_text, weight_files
 from glm3kit.weights.manifest import Checksums, is_written_folder, manifest_entry, read_manifest, write_manifest
 from glm3kit.weights.names import EMBEDDING, INV_FREQ, TRAINING_STATE, hf_name, parameter_shapes, place
-from glm3kit.weights.tensors import Tensors, TensorSpec, cast, release
+from glm3kit.weights.tensors import Tensors, TensorSpec, cast
 
 if TYPE_CHECKING:
-    from glm3kit.model.chatglm3 import ChatGLM3
+    pass
 
 HUB_INDEX = index_name(".safetensors")
 READERS: dict[str, Callable[[Path], Tensors]] = {
@@ -206,45 +206,6 @@ def write_weights(path: str | Path, tensors: Tensors, *, max_shard_size: int | N
             entry = manifest_entry(tensors, checksums.finish(), about or {})
             write_manifest(path.parent, read_manifest(path.parent) | {path.name: entry})
     return path
-
-
-def load_weights(net: "ChatGLM3", path: str | Path, adapters: str | Path | None = None) -> None:
-    """Load weights of any form that `read_weights` reads into a model, cast to the types of its parameters.
-
-    adapters: LoRA adapters to fold in: a file, a checkpoint or a job.
-    Under tensor parallelism each rank takes its slices.
-    Raises CheckpointError, before anything is loaded, with every parameter that is missing or of another shape and
-    every surplus tensor.
-    Example: load_weights(net, "chatglm3-6b")
-    """
-    weights = read_weights(path)
-    if faults := shape_faults(weights.specs, parameter_shapes(net.cfg), "the model"):
-        raise CheckpointError(f"{path}: " + "\n".join(faults))
-    if adapters:
-        from glm3kit.train.lora import fold_adapters, read_adapters
-
-        weights = fold_adapters(read_adapters(adapters), weights, str(adapters), net.cfg.param_dtype)
-    fill_parameters(net, weights)
-
-
-def fill_parameters(net: "ChatGLM3", weights: Mapping[str, np.ndarray]) -> None:
-    """Set every parameter of a model but adapters to its (slice of a) whole tensor."""
-    import mindspore as ms  # here, so that reading and converting weights need no MindSpore
-
-    from glm3kit.model.chatglm3 import slicing
-
-    topology, parameters = net.topology, net.parameters_dict()
-    for name in parameter_shapes(net.cfg):
-        values, parameter, cut = weights[name], parameters[name], slicing(name, net.cfg)
-        stored = values
-        if cut and topology.tensor_parallel > 1:
-            values = cut.part(values, topology.tensor_rank, topology.tensor_parallel)
-        if parameter.dtype == ms.bfloat16:  # through float32, which holds every bfloat16
-            values = ms.Tensor(cast(values, "float32", name)).astype(ms.bfloat16)
-        else:
-            values = ms.Tensor(cast(values, str(parameter.dtype).lower(), name))
-        parameter.copy_(values)  # in place: compiled graphs hold on to the memory they were compiled with
-        release(stored)
 
 
 def random_weights(cfg: ModelConfig, seed: int) -> Tensors:

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from glm3kit.checkpoint.folder import weight_layouts
-from glm3kit.checkpoint.layout import Layout, Slicing, copies_of, whole_tensors
+from glm3kit.checkpoint.layout import Layout, whole_tensors
 from glm3kit.config.groups import ModelConfig
 from glm3kit.errors import CheckpointError
-from glm3kit.model import chatglm3 as model
 from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.parallel import Topology
+from glm3kit.train.saving import weight_layouts
 from glm3kit.weights.read import parameter_shapes, random_weights
+from glm3kit.weights.slices import Slicing, copies_of, slicing
 from glm3kit.weights.tensors import Tensors
 
 CFG = ModelConfig(num_layers=1, padded_vocab_size=64, hidden_size=16, ffn_hidden_size=24, kv_channels=4,
@@ -41,10 +41,10 @@ def test_with_more_ranks_than_groups_each_group_is_held_several_times():
 def test_slices_put_together_are_the_whole(ranks):
     layouts = weight_layouts(ChatGLM3(CFG), Topology(0, 1, ranks)) if ranks < 4 else {
         name: Layout((4,), ((0,) if cut.axis == 0 else (), (0,) if cut.axis == 1 else ())[:len(shape)],
-                     segments=cut.segments, unit=cut.unit) if (cut := model.slicing(name, CFG)) else Layout((4,), ((),))
+                     segments=cut.segments, unit=cut.unit) if (cut := slicing(name, CFG)) else Layout((4,), ((),))
         for name, shape in parameter_shapes(CFG).items()}
     weights = random_weights(CFG, seed=1)
-    held = {rank: Tensors.of({name: cut.part(weights[name], rank, ranks) if (cut := model.slicing(name, CFG))
+    held = {rank: Tensors.of({name: cut.part(weights[name], rank, ranks) if (cut := slicing(name, CFG))
                               else weights[name] for name in weights}) for rank in range(ranks)}
     whole = whole_tensors(held, layouts, "here")
     assert list(whole.specs.items()) == list(weights.specs.items())

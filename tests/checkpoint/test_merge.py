@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 from mindspore.train.node_strategy_pb2 import ParallelStrategyMap
 
-from glm3kit.checkpoint.folder import newest_checkpoint, weight_layouts
+from glm3kit.checkpoint.folder import newest_checkpoint
 from glm3kit.checkpoint.layout import Layout
 from glm3kit.checkpoint.merge import merge, merged_tensors
 from glm3kit.checkpoint.strategy import write_strategy
 from glm3kit.config.groups import ModelConfig
 from glm3kit.errors import CheckpointError
-from glm3kit.model.chatglm3 import ChatGLM3, slicing
+from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.parallel import Topology
+from glm3kit.train.saving import weight_layouts
 from glm3kit.weights.formats.safetensors import read_safetensors, write_safetensors
 from glm3kit.weights.read import random_weights, read_weights
+from glm3kit.weights.slices import slicing
 
 TINY = ModelConfig(num_layers=2, padded_vocab_size=64, hidden_size=16, ffn_hidden_size=24, kv_channels=8,
                    num_attention_heads=4, seq_length=48, param_dtype="float32", compute_dtype="float32")

@@ -12,7 +12,7 @@ from glm3kit.errors import ConfigError
 from glm3kit.generate.beam_search import beam_search
 from glm3kit.generate.sampling import Settings, sampling_probabilities
 from glm3kit.model.chatglm3 import ChatGLM3
-from glm3kit.weights.read import load_weights
+from glm3kit.model.load import load_weights
 
 WORDS, STOP = 4, 3  # a vocabulary of 0, 1, 2 and the stop id 3
 

@@ -14,7 +14,7 @@ from mindspore.common.api import ms_compile_cache
 from glm3kit.config.groups import ModelConfig
 from glm3kit.errors import ConfigError, Glm3KitError, PromptError
 from glm3kit.model.chatglm3 import ChatGLM3
-from glm3kit.weights.read import load_weights
+from glm3kit.model.load import load_weights
 
 FLOAT32 = {"param_dtype": "float32", "compute_dtype": "float32"}
 SAMPLED = {"do_sample": True, "temperature": 1.5, "max_new_tokens": 12, "eos_token_id": []}

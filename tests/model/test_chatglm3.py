@@ -10,10 +10,11 @@ from mindspore import Tensor, ops
 from glm3kit.config.groups import ModelConfig
 from glm3kit.generate.decoder import Decoder
 from glm3kit.model.attention import rotary_tables, rotation_matrix
-from glm3kit.model.chatglm3 import AutoModel, ChatGLM3
+from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.model.layers import RMSNorm
+from glm3kit.model.load import AutoModel, load_weights
 from glm3kit.train.step import PackedLoss, SummedLoss
-from glm3kit.weights.read import hf_name, load_weights, parameter_shapes
+from glm3kit.weights.read import hf_name, parameter_shapes
 
 FLOAT32 = {"param_dtype": "float32", "compute_dtype": "float32"}
 

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 from mindspore import Tensor, ops
 
-from glm3kit.checkpoint.folder import load_checkpoint, save_checkpoint
 from glm3kit.config.groups import LoraConfig, ModelConfig, TrainConfig
 from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.model.dropout import Dropout, mask_key, set_key
+from glm3kit.model.load import fill_parameters
 from glm3kit.parallel import ALONE, Topology
 from glm3kit.train.run import Trainer, fit
-from glm3kit.weights.read import fill_parameters, random_weights
+from glm3kit.train.saving import load_checkpoint, save_checkpoint
+from glm3kit.weights.read import random_weights
 
 CFG = ModelConfig(num_layers=2, padded_vocab_size=64, hidden_size=32, ffn_hidden_size=48, kv_channels=8,
                   num_attention_heads=4, seq_length=16, param_dtype="float32", compute_dtype="float32")

@@ -7,9 +7,9 @@ from support import ROOT
 
 from glm3kit.config.groups import TrainConfig, load_config
 from glm3kit.model.chatglm3 import ChatGLM3
-from glm3kit.model.layers import undrawn_weights
+from glm3kit.model.load import fill_parameters, undrawn_weights
 from glm3kit.train.run import Trainer
-from glm3kit.weights.read import fill_parameters, random_weights
+from glm3kit.weights.read import random_weights
 
 NEEDED = 14e9  # bytes: 0.74 billion float32 weights, their gradients and two moments
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from glm3kit.checkpoint.folder import save_checkpoint
 from glm3kit.config.groups import LoraConfig, ModelConfig, TrainConfig, load_config
 from glm3kit.jobs.launch import rank_process
 from glm3kit.model.chatglm3 import ChatGLM3
+from glm3kit.model.load import load_weights
 from glm3kit.parallel import Topology, start_processes
 from glm3kit.train.lora import add_adapters
 from glm3kit.train.run import Trainer, run_steps
-from glm3kit.weights.read import load_weights
+from glm3kit.train.saving import save_checkpoint
 
 
 def next_token_labels(input_ids: np.ndarray) -> np.ndarray:

@@ -11,8 +11,9 @@ from glm3kit.config.groups import ModelConfig, ParallelConfig
 from glm3kit.errors import ConfigError
 from glm3kit.jobs.launch import rank_process
 from glm3kit.model.chatglm3 import ChatGLM3
+from glm3kit.model.load import fill_parameters
 from glm3kit.parallel import ALONE, Topology, start_processes
-from glm3kit.weights.read import fill_parameters, random_weights
+from glm3kit.weights.read import random_weights
 
 CFG = ModelConfig(num_layers=1, padded_vocab_size=512, hidden_size=64, ffn_hidden_size=96, kv_channels=16,
                   num_attention_heads=4, multi_query_group_num=2, seq_length=96, param_dtype="float32",

@@ -6,17 +6,19 @@ from fit_golden import next_token_labels
 from mindspore import Tensor
 from support import ROOT
 
-from glm3kit.checkpoint.folder import load_checkpoint, save_checkpoint
 from glm3kit.checkpoint.merge import merge
 from glm3kit.config.groups import LoraConfig, ModelConfig, RunConfig, TrainConfig, load_config
 from glm3kit.errors import CheckpointError, ConfigError
 from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.model.held_out import HeldOutLoss
+from glm3kit.model.load import load_weights
 from glm3kit.parallel import ALONE
-from glm3kit.train.lora import add_adapters, fold_adapters, merge_adapters, save_adapters
+from glm3kit.train.lora import add_adapters, merge_adapters, save_adapters
 from glm3kit.train.run import Trainer, fit
+from glm3kit.train.saving import load_checkpoint, save_checkpoint
+from glm3kit.weights.adapters import fold_adapters
 from glm3kit.weights.formats.safetensors import read_safetensors
-from glm3kit.weights.read import load_weights, parameter_shapes, random_weights, read_weights
+from glm3kit.weights.read import parameter_shapes, random_weights, read_weights
 
 QKV = "transformer.encoder.layers.{}.self_attention.query_key_value"
 

@@ -11,11 +11,12 @@ from glm3kit.config.groups import ModelConfig, TrainConfig
 from glm3kit.errors import ConfigError, DataError, JobError
 from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.model.held_out import HeldOutLoss
+from glm3kit.model.load import load_weights
 from glm3kit.parallel import ALONE
 from glm3kit.train.optimizer import LossScale, bias_corrected, decays, learning_rate
 from glm3kit.train.run import Trainer, fit
 from glm3kit.train.step import Totals
-from glm3kit.weights.read import load_weights, parameter_shapes
+from glm3kit.weights.read import parameter_shapes
 
 
 @pytest.fixture

@@ -14,12 +14,13 @@ from support import ROOT, assert_golden
 
 from glm3kit.config.groups import ModelConfig
 from glm3kit.errors import CheckpointError, ConfigError
+from glm3kit.model.load import load_weights
 from glm3kit.weights.convert import convert_weights, verify_weights
 from glm3kit.weights.formats.ckpt import write_ckpt
 from glm3kit.weights.formats.safetensors import write_safetensors
 from glm3kit.weights.hub_files import cut_into_shards, parse_size
 from glm3kit.weights.names import glm_names, hf_name, parameter_shapes, place
-from glm3kit.weights.read import load_weights, read_weights, write_random_hub_weights, write_weights
+from glm3kit.weights.read import read_weights, write_random_hub_weights, write_weights
 from glm3kit.weights.tensors import Tensors, TensorSpec, cast
 
 ATTENTION = "transformer.encoder.layers.1.self_attention."

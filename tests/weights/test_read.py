@@ -13,11 +13,12 @@ from support import assert_golden
 
 from glm3kit.config.groups import ModelConfig
 from glm3kit.errors import CheckpointError
+from glm3kit.model.load import load_weights
 from glm3kit.weights.convert import convert_weights
 from glm3kit.weights.formats.ckpt import write_ckpt
 from glm3kit.weights.formats.safetensors import write_safetensors
 from glm3kit.weights.names import hf_name, mindspore_name, parameter_shapes
-from glm3kit.weights.read import load_weights, read_weights, write_random_hub_weights
+from glm3kit.weights.read import read_weights, write_random_hub_weights
 from glm3kit.weights.tensors import BFLOAT16, Tensors, TensorSpec, cast
 
 EMBEDDING = "transformer.embedding.embedding_table"
