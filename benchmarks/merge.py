@@ -25,7 +25,7 @@ from glm3kit.checkpoint.strategy import write_strategy
 from glm3kit.config.groups import ModelConfig
 from glm3kit.weights.formats.ckpt import write_ckpt
 from glm3kit.weights.formats.safetensors import write_safetensors
-from glm3kit.weights.read import parameter_shapes
+from glm3kit.weights.names import parameter_shapes
 from glm3kit.weights.slices import Slicing, slicing
 from glm3kit.weights.tensors import PIECE, Tensors, TensorSpec
 

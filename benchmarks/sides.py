@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm3kit.config.groups import ModelConfig
-from glm3kit.model.load import fill_parameters
 from glm3kit.weights.convert import convert_weights
-from glm3kit.weights.read import random_weights, write_random_hub_weights
+from glm3kit.weights.random import write_random_hub_weights
 
 if TYPE_CHECKING:
     from transformers import GlmForCausalLM
@@ -37,9 +36,7 @@ def kit_model(threads: int) -> "ChatGLM3":
 
     ms.runtime.set_cpu_affinity(False)
     ms.device_context.cpu.op_tuning.threads_num(threads)
-    net = ChatGLM3(ModelConfig(**SIZES))
-    fill_parameters(net, random_weights(net.cfg, seed=0))
-    return net
+    return ChatGLM3(ModelConfig(**SIZES))
 
 
 def peer_model(threads: int) -> "GlmForCausalLM":

@@ -11,7 +11,7 @@ from support import ROOT
 
 from glm3kit.__main__ import parser
 from glm3kit.config.groups import load_config
-from glm3kit.weights.read import parameter_shapes
+from glm3kit.weights.names import parameter_shapes
 
 READMES = ("README.md", "README.zh-CN.md")
 SMALL = ["train.total_steps=2", "train.batch_size=2", "model.num_layers=1", "model.hidden_size=32",

@@ -309,7 +309,7 @@ def _model(config: "RunConfig") -> "tuple[ChatGLM3, ChatGLM3Tokenizer, dict[str,
 
     choose_device(config.parallel.device_target)
     tokenizer = ChatGLM3Tokenizer(config.model.tokenizer_path)
-    options = config.generate.model_dump() | {"eos_token_id": tokenizer.stop_ids}
+    options = {"eos_token_id": tokenizer.stop_ids} | config.generate.model_dump()  # its own ids unless others are set
     return AutoModel.from_config(config.model), tokenizer, options
 
 

@@ -14,7 +14,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from glm3kit.config.yaml_lines import parse_yaml, read_yaml
 from glm3kit.errors import ConfigError
@@ -203,17 +215,79 @@ class ParallelConfig(Part):
         return self.data_parallel * self.tensor_parallel
 
 
-class GenerateConfig(Part):
-    """How answers are drawn; lengths in tokens. Stop ids are the tokenizer's."""
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and arrays, and what lists hold of them, as Python's."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
-    max_length: Count | None = None  # prompt and answer; default: the window
-    max_new_tokens: Count | None = None
-    do_sample: bool = False
-    temperature: float = Field(1.0, gt=0)
-    top_k: int = Field(0, ge=0)  # 0: all
-    top_p: float = Field(1.0, gt=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0)
-    seed: int | None = None
+
+class GenerateConfig(Part):
+    """How to generate. Lengths are in tokens; every limit that is given holds.
+
+    max_length: prompt and answer together, at most and by default the model's window.
+    max_new_tokens: of the answer. An answer also ends where the window ends.
+    do_sample: draw tokens with temperature, top_k and top_p; else always the most likely one.
+    repetition_penalty: above 1.0 makes tokens of prompt and answer less likely (https://arxiv.org/abs/1909.05858).
+    eos_token_id: an id or several that end an answer, and are part of it. Left out, `model_dump` leaves it out as well,
+        so that a tokenizer's own stop ids can take its place.
+    seed: makes draws repeatable; a row's draws depend on the seed and its place in the batch.
+    num_beams: above 1 searches for the most likely answer with so many beams.
+    length_penalty: of beam search; above 0 longer answers gain, below 0 shorter ones.
+    early_stopping: of beam search: end with the first num_beams answers (True), when no better one is likely (False),
+        or when no better one is possible ("never").
+    """
+
+    max_length: int | None = Field(None, ge=1, description="at least 1, or None")
+    max_new_tokens: int | None = Field(None, ge=1, description="at least 1, or None")
+    do_sample: bool = Field(False, description="True or False")
+    temperature: FiniteFloat = Field(1.0, gt=0, description="above 0 (do_sample=False takes the most likely token)")
+    top_k: int = Field(0, ge=0, description="at least 0 (0: all tokens)")
+    top_p: FiniteFloat = Field(1.0, gt=0, le=1, description="above 0, at most 1")
+    repetition_penalty: FiniteFloat = Field(1.0, gt=0, description="above 0 (1.0: none)")
+    eos_token_id: tuple[Annotated[int, Field(strict=True)], ...] = Field(  # </s>, <|user|>, <|observation|>
+        (2, 64795, 64797), strict=False, description="an id, a list of ids, or [] for none")
+    seed: int | None = Field(None, ge=0, description="at least 0, or None")
+    num_beams: int = Field(1, ge=1, description="at least 1 (1: no beam search), and 1 with do_sample")
+    length_penalty: FiniteFloat = Field(1.0, description="a number")
+    early_stopping: bool | Literal["never"] = Field(False, description="True, False or 'never'")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _take_numpy_and_one_id(cls, value: Any, field: ValidationInfo) -> Any:
+        value = _plain(value)
+        return [value] if field.field_name == "eos_token_id" and isinstance(value, int) else value
+
+    @field_validator("num_beams")
+    @classmethod
+    def _check_beams(cls, value: int, others: ValidationInfo) -> int:
+        if value > 1 and others.data.get("do_sample"):
+            raise ValueError(f"num_beams is {value}, expected 1 with do_sample")
+        return value
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unset_stop_ids(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = dump(self)
+        if "eos_token_id" not in self.model_fields_set:
+            del values["eos_token_id"]
+        return values
+
+    @classmethod
+    def checked(cls, **settings: Any) -> "GenerateConfig":
+        """Settings as a call gives them; raises ConfigError with every one that is out of its range, or unknown."""
+        try:
+            return cls(**settings)
+        except ValidationError as err:
+            names = dict.fromkeys(item["loc"][0] for item in err.errors())  # a union has several errors
+            faults = [f"{name} is {settings[name]!r}, expected {cls.model_fields[name].description}"
+                      if name in cls.model_fields else f"{name} is unknown, expected {', '.join(cls.model_fields)}"
+                      for name in names]
+            raise ConfigError("generate: " + "; ".join(faults)) from err
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """`eos_token_id` as a set."""
+        return frozenset(self.eos_token_id)
 
 
 class RunConfig(Part):

@@ -2,7 +2,7 @@
 
 Scores, stopping rules and the number of candidates are those of Transformers 5 (`GenerationMixin._beam_search`).
 
-    new_ids = beam_search(logits, advance, prompt, limit=64, settings=Settings(num_beams=4))
+    new_ids = beam_search(logits, advance, prompt, limit=64, GenerateConfig(num_beams=4))
 """
 
 from collections.abc import Callable
@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from glm3kit.generate.sampling import Settings, penalised
+from glm3kit.config.groups import GenerateConfig
+from glm3kit.generate.sampling import penalised
 
 
 class Beam(NamedTuple):
@@ -37,7 +38,7 @@ def _candidates(logits: np.ndarray, beams: list[Beam], prompt: list[int], count:
 
 
 def beam_search(logits: np.ndarray, advance: Callable[[list[int], list[int]], np.ndarray], prompt: list[int],
-                limit: int, settings: Settings) -> list[int]:
+                limit: int, settings: GenerateConfig) -> list[int]:
     """The new ids of the best continuation of a prompt, the stop id that ended it included.
 
     logits: (num_beams, V) after the prompt, of rows that are all alike.

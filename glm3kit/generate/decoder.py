@@ -3,28 +3,54 @@
 A prompt is padded on the right to one of a few lengths and runs through the graph for that length; then another graph
 makes a token a call. What the cache still holds of an earlier prompt need not be computed again.
 
-    with lend_decoder(net, 1) as decoder: logits, highest, ids, positions = decoder.prefill([prompt])
+    with borrow_decoder(net, 1) as decoder: logits = decoder.prefill([prompt]).logits
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import RLock
+from typing import NamedTuple, Protocol
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from glm3kit.model.attention import MASKED
-from glm3kit.model.chatglm3 import ChatGLM3
-from glm3kit.parallel import on_ascend
+from glm3kit.config.groups import ModelConfig
+from glm3kit.parallel import Topology, on_ascend
 
-_LENDING = RLock()  # held while a decoder leaves or joins the idle ones: streams may run in threads
+_BORROWING = RLock()  # held while a decoder leaves or joins the idle ones: streams may run in threads
 SHORTEST_PREFILL = 64  # tokens; padding a shorter prompt costs less than compiling one more graph
 
-Step = tuple[Tensor, Tensor, Tensor, Tensor]  # what Decoder returns
+
+class LanguageModel(Protocol):
+    """What generation needs of a model, which is an nn.Cell; `ChatGLM3` is one and says what the methods compute."""
+
+    cfg: ModelConfig  # its window, vocabulary, layers, head size and computing type
+    topology: Topology
+    kv_groups: int  # key/value groups that this rank holds
+    decoders: "dict[int, list[Decoder]]"  # idle ones by batch size, at first none: `borrow_decoder` fills it
+    training: bool
+
+    def set_train(self, mode: bool = True) -> nn.Cell: ...
+
+    def get_parameters(self) -> Iterator[Parameter]: ...
+
+    def hidden_with_cache(self, input_ids: Tensor, positions: Tensor, unseen: Tensor, caches: tuple,
+                          slots: Tensor) -> Tensor: ...
+
+    def logits(self, x: Tensor) -> Tensor: ...
 
 
-def _weight_addresses(net: ChatGLM3) -> list[int]:
+class Step(NamedTuple):
+    """What a decoder has computed for B rows."""
+
+    logits: Tensor  # (B, V) after each row's last token
+    highest: Tensor  # (B,) of these
+    ids: Tensor  # (B, 1) that they belong to
+    positions: Tensor  # (B,) of the tokens to come
+
+
+def _weight_addresses(net: LanguageModel) -> list[int]:
     """Where the weights lie in memory. Training changes them in place; `Parameter.set_data` puts others elsewhere."""
     return [parameter.data_ptr() for parameter in net.get_parameters()]
 
@@ -39,19 +65,17 @@ class Decoder(nn.Cell):
     """A model with a kv cache for B rows of up to S tokens, S the model's window: a graph for each T it is called with.
 
     (input_ids (B, T), positions (B,) of each row's first token, lengths (B,) without padding on the right)
-    -> logits (B, V) after each row's last token, the highest (B,) and the ids they belong to (B, 1), positions of the
-    tokens to come (B,)
+    -> the fields of a `Step`
 
     held: ids whose keys and values each row of the cache holds; whoever used the decoder last sets it, or empties it.
     owner: whose ids they are.
     """
 
-    def __init__(self, net: ChatGLM3, batch_size: int):
+    def __init__(self, net: LanguageModel, batch_size: int):
         super().__init__(auto_prefix=False)  # the parameters of the model keep their names
         self.net = net
         cfg, S = net.cfg, net.cfg.seq_length
-        groups = net.transformer.encoder.layers[0].self_attention.groups
-        rows = batch_size * groups * S  # of keys or values, as SelfAttention writes them: by B, G, S
+        rows = batch_size * net.kv_groups * S  # of keys or values, by B, G, S
 
         def caches(name: str) -> ParameterTuple:
             empty = np.zeros((rows, cfg.kv_channels))
@@ -63,7 +87,7 @@ class Decoder(nn.Cell):
         # A CPU multiplies float16 as float32: a graph keeps all weights in both types, single operators one at a time.
         self.in_graph = on_ascend() or cfg.compute_dtype != "float16"
         self.slots = Tensor(np.arange(S), ms.int32)
-        self.first_slots = Tensor(np.arange(0, rows, S).reshape(batch_size, groups, 1), ms.int32)
+        self.first_slots = Tensor(np.arange(0, rows, S).reshape(batch_size, net.kv_groups, 1), ms.int32)
         self.rows = Tensor(np.arange(batch_size), ms.int32)
         self.ones = Tensor(np.ones(batch_size), ms.int32)
         self.highest = ops.ArgMaxWithValue(1)
@@ -77,28 +101,25 @@ class Decoder(nn.Cell):
         # Padding, and rows that have ended, may run past the window: they go to its last slot, which is written
         # again before a token may look at it.
         positions = ops.minimum(positions.reshape(B, 1) + self.slots[:T], self.window - 1)  # (B, T)
-        cos = ops.gather(self.net.cos, positions, 0).reshape(B, T, 1, -1)
-        sin = ops.gather(self.net.sin, positions, 0).reshape(B, T, 1, -1)
-        mask = (self.slots > positions.reshape(B, 1, 1, T, 1)).astype(ms.float32) * MASKED  # (B, 1, 1, T, S)
+        unseen = self.slots > positions.reshape(B, 1, 1, T, 1)  # (B, 1, 1, T, S)
         slots = (self.first_slots + positions.reshape(B, 1, T)).reshape(-1)  # (B*G*T,)
         caches = ()
         for i in range(len(self.keys)):
             caches += ((self.keys[i], self.values[i]),)
-        x = self.net.transformer.embedding(input_ids)
-        return self.net.transformer.encoder(x, cos, sin, mask, caches, slots)
+        return self.net.hidden_with_cache(input_ids, positions, unseen, caches, slots)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, lengths: Tensor) -> Step:
+    def forward(self, input_ids: Tensor, positions: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         """What the graphs compute, an operator at a time."""
         B, T = input_ids.shape
         x = self.hidden(input_ids, positions).reshape(B * T, -1)
         if T > 1:
             x = ops.gather(x, self.rows * T + lengths - 1, 0)  # (B, C)
-        logits = self.net.gather(self.net.logits(x))
+        logits = self.net.logits(x)
         ids, highest = self.highest(logits)
         return logits, highest, ids.reshape(B, 1), positions + lengths
 
     @ms.jit  # a graph in PyNative mode too
-    def construct(self, input_ids: Tensor, positions: Tensor, lengths: Tensor) -> Step:
+    def construct(self, input_ids: Tensor, positions: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         return self.forward(input_ids, positions, lengths)
 
     def run(self, input_ids: Tensor, positions: Tensor, lengths: Tensor) -> Step:
@@ -109,7 +130,8 @@ class Decoder(nn.Cell):
         if not self.in_graph:
             ms.set_context(mode=ms.PYNATIVE_MODE)
         try:
-            return (self if self.in_graph else self.forward)(input_ids, positions, lengths)
+            compute = self if self.in_graph else self.forward
+            return Step(*compute(input_ids, positions, lengths))
         finally:
             if training:
                 self.net.set_train()
@@ -145,21 +167,21 @@ class Decoder(nn.Cell):
             ops.assign(cache, ops.gather(by_row, picked, 0).reshape(cache.shape))  # in place, as graphs know it
 
     def clear(self) -> None:
-        """Fill the cache with zeros: what the mask hides counts nothing, unless it is nan."""
+        """Fill the cache with zeros: what a token must not look at counts nothing, unless it is nan."""
         for cache in (*self.keys, *self.values):
             ops.assign(cache, ops.zeros_like(cache))
 
 
 @contextmanager
-def lend_decoder(net: ChatGLM3, batch_size: int, owner: object = None) -> Iterator[Decoder]:
-    """Lend an idle decoder of the model, else a new one: two generations at a time never share a cache.
+def borrow_decoder(net: LanguageModel, batch_size: int, owner: object = None) -> Iterator[Decoder]:
+    """Take an idle decoder of the model, else a new one, for a while: generations at a time never share a cache.
 
     owner: of a conversation; gets the decoder that it had before where that is idle, with what it holds. Without an
         owner a decoder holds nothing.
     An idle one whose weights have been replaced is dropped: its graphs would go on with those of before.
     """
     idle, addresses = net.decoders.setdefault(batch_size, []), _weight_addresses(net)
-    with _LENDING:
+    with _BORROWING:
         idle[:] = [decoder for decoder in idle if decoder.addresses == addresses]
         place = next((i for i, decoder in enumerate(idle) if owner is not None and decoder.owner is owner), -1)
         decoder = idle.pop(place) if idle else None
@@ -171,5 +193,5 @@ def lend_decoder(net: ChatGLM3, batch_size: int, owner: object = None) -> Iterat
     try:
         yield decoder
     finally:
-        with _LENDING:
+        with _BORROWING:
             idle.append(decoder)

@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 from mindspore import Tensor
 
+from glm3kit.config.groups import GenerateConfig
 from glm3kit.errors import ConfigError, Glm3KitError, PromptError
 from glm3kit.generate.beam_search import beam_search
-from glm3kit.generate.decoder import lend_decoder
-from glm3kit.generate.sampling import Settings, choose, sampling_probabilities
-from glm3kit.model.chatglm3 import ChatGLM3
-
-__all__ = ["Conversation", "Settings", "generate", "prompt_rows", "sampling_probabilities", "stream"]
+from glm3kit.generate.decoder import Decoder, LanguageModel, Step, borrow_decoder
+from glm3kit.generate.sampling import choose
 
 
 def prompt_rows(input_ids: Any, vocab_size: int) -> list[np.ndarray]:
@@ -52,7 +50,7 @@ def prompt_rows(input_ids: Any, vocab_size: int) -> list[np.ndarray]:
     return rows
 
 
-def _limits(rows: list[np.ndarray], settings: Settings, window: int) -> list[int]:
+def _limits(rows: list[np.ndarray], settings: GenerateConfig, window: int) -> list[int]:
     """The length at which each row must end. Raises PromptError if a prompt leaves no room for an answer."""
     if (settings.max_length or 0) > window:
         raise PromptError(f"max_length is {settings.max_length} tokens, the model's window (seq_length) is {window}; "
@@ -66,23 +64,30 @@ def _limits(rows: list[np.ndarray], settings: Settings, window: int) -> list[int
     return [min(longest, len(row) + (settings.max_new_tokens or longest)) for row in rows]
 
 
-def _settings(net: ChatGLM3, values: dict[str, Any]) -> Settings:
-    """The settings as given; ConfigError for draws that ranks sharing the model would each make on their own."""
-    settings = Settings(**values)
+def _settings(net: LanguageModel, values: dict[str, Any], one_by_one: bool = False) -> GenerateConfig:
+    """The settings as given; ConfigError for those that do not go with the model, or with tokens one by one.
+
+    Ranks that share a model must not draw each on its own.
+    """
+    settings = GenerateConfig.checked(**values)
     if settings.do_sample and settings.seed is None and net.topology.tensor_parallel > 1:
         raise ConfigError("generate: seed is None, expected a number: the processes that share this model must all "
                           "draw the same tokens")
+    if one_by_one and settings.num_beams > 1:
+        raise ConfigError(f"stream: num_beams is {settings.num_beams}, expected 1: beam search knows its first token "
+                          "only at the end; use generate")
     return settings
 
 
-def _check_finite(highest: np.ndarray, tokens: int) -> None:
-    """Raise Glm3KitError unless the highest logits, after so many tokens, are numbers."""
+def _check_finite(decoder: Decoder, highest: np.ndarray, tokens: int) -> None:
+    """Raise Glm3KitError, with the cache emptied, unless the highest logits after so many tokens are numbers."""
     if not np.isfinite(highest).all():
+        decoder.clear()
         raise Glm3KitError(f"generate: the logits after {tokens} tokens are no finite numbers; check that the weights "
                            "are whole, and with float16 try compute_dtype float32")
 
 
-def _steps(net: ChatGLM3, prompts: list[np.ndarray], limits: list[int], settings: Settings,
+def _steps(net: LanguageModel, prompts: list[np.ndarray], limits: list[int], settings: GenerateConfig,
            owner: object = None) -> Iterator[dict[int, int]]:
     """Yield the new id of every row that still goes on, as {row: id}, until all have ended.
 
@@ -93,14 +98,14 @@ def _steps(net: ChatGLM3, prompts: list[np.ndarray], limits: list[int], settings
             for row in range(len(ids))]
     on_host = settings.do_sample or settings.repetition_penalty != 1.0
     going = list(range(len(ids)))
-    with lend_decoder(net, len(ids), owner) as decoder:
+    with borrow_decoder(net, len(ids), owner) as decoder:
         try:
-            logits, highest, following, positions = decoder.prefill(ids)
+            step = decoder.prefill(ids)
             while True:
-                _check_finite(highest.asnumpy()[going], len(ids[going[0]]))
-                chosen = following.asnumpy()
+                _check_finite(decoder, step.highest.asnumpy()[going], len(ids[going[0]]))
+                following, chosen = step.ids, step.ids.asnumpy()
                 if on_host:
-                    chosen, rows = chosen.copy(), logits.asnumpy()
+                    chosen, rows = chosen.copy(), step.logits.asnumpy()
                     for row in going:
                         chosen[row] = choose(rows[row], ids[row], settings, rngs[row])
                     following = Tensor(chosen)
@@ -111,44 +116,38 @@ def _steps(net: ChatGLM3, prompts: list[np.ndarray], limits: list[int], settings
                 going = [row for row in going if new[row] not in settings.stop_ids and len(ids[row]) < limits[row]]
                 if not going:
                     break
-                logits, highest, following, positions = decoder.step(following, positions)
+                step = decoder.step(following, step.positions)
         except Glm3KitError:
-            decoder.clear()
             ids = []
             raise
         finally:
             decoder.held = [row[:-1] for row in ids]  # the last one has been chosen, not yet run
 
 
-def _search(net: ChatGLM3, prompt: np.ndarray, limit: int, settings: Settings) -> list[int]:
+def _search(net: LanguageModel, prompt: np.ndarray, limit: int, settings: GenerateConfig) -> list[int]:
     """The new ids of one prompt by beam search, a row of the cache a beam."""
-    with lend_decoder(net, settings.num_beams) as decoder:
-        logits, highest, _, positions = decoder.prefill([prompt] * settings.num_beams)
+    with borrow_decoder(net, settings.num_beams) as decoder:
+        step = decoder.prefill([prompt] * settings.num_beams)
+
+        def logits_of(step: Step) -> np.ndarray:
+            _check_finite(decoder, step.highest.asnumpy(), int(step.positions.asnumpy()[0]))
+            return step.logits.asnumpy()
 
         def advance(parents: list[int], tokens: list[int]) -> np.ndarray:
-            nonlocal positions
+            nonlocal step
             decoder.reorder(parents)
-            logits, highest, _, positions = decoder.step(Tensor(np.array(tokens, np.int32)[:, None]), positions)
-            check(highest)
-            return logits.asnumpy()
+            step = decoder.step(Tensor(np.array(tokens, np.int32)[:, None]), step.positions)
+            return logits_of(step)
 
-        def check(highest: Tensor) -> None:
-            try:
-                _check_finite(highest.asnumpy(), int(positions.asnumpy()[0]))
-            except Glm3KitError:
-                decoder.clear()
-                raise
-
-        check(highest)
-        return beam_search(logits.asnumpy(), advance, prompt.tolist(), limit, settings)
+        return beam_search(logits_of(step), advance, prompt.tolist(), limit, settings)
 
 
-def generate(net: ChatGLM3, input_ids: Any, **settings: Any) -> list[np.ndarray]:
+def generate(net: LanguageModel, input_ids: Any, **settings: Any) -> list[np.ndarray]:
     """Continue one or several prompts: int32 arrays of prompt and new ids, the stop id that ended a row included.
 
     input_ids: a list of ids, a list of such lists of any lengths, an array (T,) or (B, T), a Tensor.
-    settings: as `Settings` says: max_length, max_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty,
-        eos_token_id, seed, num_beams, length_penalty, early_stopping.
+    settings: as `GenerateConfig` says: max_length, max_new_tokens, do_sample, temperature, top_k, top_p,
+        repetition_penalty, eos_token_id, seed, num_beams, length_penalty, early_stopping.
     Each row is what it would be alone, and ends on its own. With num_beams the prompts are searched one after another.
     Raises PromptError for prompts that are empty, hold ids outside the vocabulary, or fill the window; ConfigError for
     settings out of range; Glm3KitError if the model gives no numbers.
@@ -168,7 +167,7 @@ def generate(net: ChatGLM3, input_ids: Any, **settings: Any) -> list[np.ndarray]
             for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def stream(net: ChatGLM3, input_ids: Any, owner: object = None, **settings: Any) -> Iterator[int]:
+def stream(net: LanguageModel, input_ids: Any, owner: object = None, **settings: Any) -> Iterator[int]:
     """The new ids of one prompt as they are made, the same as `generate` gives; the last may be a stop id.
 
     owner: of a conversation, see `Conversation`.
@@ -176,10 +175,7 @@ def stream(net: ChatGLM3, input_ids: Any, owner: object = None, **settings: Any)
     The iterator may be closed early, and used in any thread.
     Example: for token in stream(net, [64790, 64792, 30910], max_new_tokens=20): print(token)
     """
-    chosen = _settings(net, settings)
-    if chosen.num_beams > 1:
-        raise ConfigError(f"stream: num_beams is {chosen.num_beams}, expected 1: beam search knows its first token "
-                          "only at the end; use generate")
+    chosen = _settings(net, settings, one_by_one=True)
     prompts = prompt_rows(input_ids, net.cfg.padded_vocab_size)
     if len(prompts) > 1:
         raise PromptError(f"stream: got {len(prompts)} prompts, expected one; use generate for several")
@@ -192,13 +188,13 @@ class Conversation:
 
     A prompt that begins with what the last turn read and said is computed from there on; any other one is computed
     whole. The kit's training forgets what was computed; whoever changes weights in place by hand calls
-    `net.forget_prompts()`.
+    `net.after_update()`.
     Settings and errors are those of `stream`; a call may replace some for its turn.
     Example: session = ChatSession(tokenizer, net.conversation(max_new_tokens=200), seq_length=net.cfg.seq_length)
     """
 
-    def __init__(self, net: ChatGLM3, **settings: Any):
-        _settings(net, settings)  # errors now, not with the first turn
+    def __init__(self, net: LanguageModel, **settings: Any):
+        _settings(net, settings, one_by_one=True)  # errors now, not with the first turn
         self.net, self.settings = net, settings
 
     def __call__(self, input_ids: Any, **changes: Any) -> Iterator[int]:

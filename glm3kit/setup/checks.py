@@ -152,7 +152,7 @@ def _memory_bytes(root: Path) -> int:
 
 
 def _parameters(config: "RunConfig") -> int:
-    from glm3kit.weights.read import parameter_shapes
+    from glm3kit.weights.names import parameter_shapes
 
     return sum(map(prod, parameter_shapes(config.model).values()))
 
@@ -282,7 +282,8 @@ def check_weights(machine: Machine) -> Check:
     if not Path(path).exists():
         return Check("weights", "warning", f"{path}: not there yet",
                      f"convert published weights: glm3kit convert SRC {path}")
-    from glm3kit.weights.read import parameter_shapes, read_weights
+    from glm3kit.weights.names import parameter_shapes
+    from glm3kit.weights.read import read_weights
 
     specs, shapes = read_weights(path).specs, parameter_shapes(machine.config.model)
     wrong = [name for name in {**shapes, **specs} if name not in specs or specs[name].shape != shapes.get(name)]

@@ -16,14 +16,14 @@ from mindspore import Parameter, Tensor
 
 from glm3kit.config.groups import LoraConfig, LoraTarget
 from glm3kit.errors import ConfigError
-from glm3kit.model.chatglm3 import ChatGLM3
-from glm3kit.model.dropout import Dropout, mask_key
-from glm3kit.model.layers import Adapter, Linear
-from glm3kit.model.load import fill_parameters
+from glm3kit.model.adapter import Adapter, Dropout, mask_key
+from glm3kit.model.chatglm3 import ChatGLM3, ColumnParallelLinear, RowParallelLinear
 from glm3kit.weights.adapters import ADAPTER, fold_adapters, is_adapter
 from glm3kit.weights.formats.safetensors import write_safetensors
 from glm3kit.weights.slices import slicing
 from glm3kit.weights.tensors import Tensors, cast
+
+Linear = ColumnParallelLinear | RowParallelLinear
 
 
 def adapted_linears(net: ChatGLM3, targets: tuple[str, ...] = get_args(LoraTarget)) -> dict[str, Linear]:
@@ -67,13 +67,13 @@ def add_adapters(net: ChatGLM3, lora: LoraConfig, seed: int = 0) -> None:
         parameters = [Parameter(Tensor(a)), Parameter(Tensor(b)),
                       Parameter(Tensor(np.float32(lora.alpha)), requires_grad=False)]
         dropout = Dropout(lora.dropout, key, place, topology, sliced=cut is not None) if lora.dropout else None
-        linear.adapter = Adapter(*parameters, dropout, linear.dtype, linear.copy or linear.sum)
+        linear.adapter = Adapter(*parameters, dropout, linear.dtype, linear.exchange)
         for parameter, suffix in zip(parameters, ADAPTER, strict=True):
             parameter.name = name + suffix
 
 
 def dropout_key(net: ChatGLM3) -> Parameter | None:
-    """What the masks of a model's adapters depend on (see glm3kit.model.dropout), None where they drop nothing."""
+    """What the masks of a model's adapters depend on (see glm3kit.model.adapter), None where they drop nothing."""
     adapters = (linear.adapter for linear in adapted_linears(net).values() if linear.adapter)
     return next((adapter.dropout.key for adapter in adapters if adapter.dropout), None)
 
@@ -98,7 +98,7 @@ def merge_adapters(net: ChatGLM3) -> None:
         linear.adapter = None
     for parameter in net.get_parameters():
         parameter.requires_grad = True
-    fill_parameters(net, fold_adapters(Tensors.of(held)))
+    net.fill(fold_adapters(Tensors.of(held)))
 
 
 def saved_parameters(net: ChatGLM3, lora: LoraConfig | None) -> list[Parameter]:

@@ -24,16 +24,16 @@ from glm3kit.errors import CheckpointError, DataError, JobError
 from glm3kit.jobs.heartbeat import Heartbeat
 from glm3kit.jobs.job import JOB_VARIABLE
 from glm3kit.jobs.metrics import MetricsWriter, flops_per_token, format_step_line
+from glm3kit.model.adapter import set_key
 from glm3kit.model.chatglm3 import ChatGLM3
-from glm3kit.model.dropout import set_key
 from glm3kit.model.held_out import HeldOutLoss
-from glm3kit.model.load import fill_parameters, load_weights, undrawn_weights
+from glm3kit.model.load import fitting_weights
 from glm3kit.parallel import ALONE, Topology, barrier, memory_in_use, start_processes
 from glm3kit.train.lora import add_adapters
 from glm3kit.train.optimizer import AdamW, LossScale, bias_corrected, learning_rate
 from glm3kit.train.saving import load_checkpoint, save_checkpoint, usable_checkpoint, weight_layouts
 from glm3kit.train.step import Accumulate, Gradients, Step, Totals, Update
-from glm3kit.weights.read import random_weights
+from glm3kit.weights.random import random_weights
 
 Batch = tuple[np.ndarray, ...]  # input_ids, labels and, of packed rows, segment_ids, (B, T) int32 each
 
@@ -115,7 +115,7 @@ class Trainer:
                   "loss_tokens": int(count), "compute_time_ms": (time.perf_counter() - started) * 1000}
         self.scale.update(overflow)
         self.step += 1
-        self.net.forget_prompts()  # what conversations have cached is of the weights before
+        self.net.after_update()  # what conversations have cached is of the weights before
         return record
 
 
@@ -181,13 +181,12 @@ def run_rank(config: RunConfig, resume: bool = False) -> list[dict]:
     total_steps = train.total_steps or train.epochs * epoch.steps_per_epoch // micro_steps
     epochs = math.ceil(total_steps * micro_steps / epoch.steps_per_epoch)
 
-    with undrawn_weights():
-        net = ChatGLM3(config.model, topology)
     if config.model.checkpoint_name_or_path:
-        load_weights(net, config.model.checkpoint_name_or_path, config.model.adapters_path)
+        weights = fitting_weights(config.model, config.model.checkpoint_name_or_path, config.model.adapters_path)
     else:
         print(f"model.checkpoint_name_or_path is not set: starting from random weights, seed {train.seed}")
-        fill_parameters(net, random_weights(config.model, train.seed))
+        weights = random_weights(config.model, train.seed)
+    net = ChatGLM3(config.model, topology, weights)
     trainer = Trainer(net, train, total_steps, topology)
     data = {"digest": tokens.digest + "-packed" * config.data.packing, "seed": train.seed,
             "rows_per_step": epoch.global_batch * micro_steps,

@@ -6,11 +6,8 @@ Names: `weight_names`; the forms of files: `safetensors_file`, `ckpt_file`, `tor
     read_weights("chatglm3-6b")["transformer.output_layer.weight"]
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import accumulate
-from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +22,12 @@ from glm3kit.weights.formats.safetensors import read_safetensors, write_safetens
 from glm3kit.weights.formats.torch import read_torch
 from glm3kit.weights.hub_files import cut_into_shards, index_name, index_text, weight_files
 from glm3kit.weights.manifest import Checksums, is_written_folder, manifest_entry, read_manifest, write_manifest
-from glm3kit.weights.names import EMBEDDING, INV_FREQ, TRAINING_STATE, hf_name, parameter_shapes, place
+from glm3kit.weights.names import EMBEDDING, INV_FREQ, TRAINING_STATE, hf_name, place
 from glm3kit.weights.tensors import Tensors, TensorSpec, cast
 
 if TYPE_CHECKING:
     pass
 
-HUB_INDEX = index_name(".safetensors")
 READERS: dict[str, Callable[[Path], Tensors]] = {
     ".safetensors": read_safetensors, ".ckpt": read_ckpt, ".bin": read_torch, ".pth": read_torch}
 WRITTEN = (".ckpt", ".safetensors")
@@ -208,30 +204,6 @@ def write_weights(path: str | Path, tensors: Tensors, *, max_shard_size: int | N
     return path
 
 
-def random_weights(cfg: ModelConfig, seed: int) -> Tensors:
-    """Weights to start training from, with MindSpore's names, drawn when they are asked for.
-
-    Matrices are normal with deviation 0.02 (residual outputs less), norms one, biases zero, all in `cfg.param_dtype`.
-    """
-    specs = {name: TensorSpec(cfg.param_dtype, shape) for name, shape in parameter_shapes(cfg).items()}
-    order = list(specs)
-
-    def read(name: str) -> np.ndarray:
-        shape = specs[name].shape
-        if name.endswith("norm.weight"):
-            values = np.ones(shape)
-        elif name.endswith(".bias"):
-            values = np.zeros(shape)
-        else:
-            # Two residual branches a layer add up; scaled so, their sum keeps its size (GPT-2's initialization).
-            branch = name.endswith(("self_attention.dense.weight", "mlp.dense_4h_to_h.weight"))
-            scale = 0.02 / sqrt(2 * cfg.num_layers) if branch else 0.02
-            values = np.random.default_rng([seed, order.index(name)]).standard_normal(shape, np.float32) * scale
-        return cast(values, cfg.param_dtype, name)
-
-    return Tensors(specs, read)
-
-
 def published_tensors(weights: Tensors, cfg: ModelConfig) -> Tensors:
     """Weights under the published names, with the rotary constants that the official code expects."""
     half = cfg.kv_channels // 2  # half a head is rotated, in pairs
@@ -247,30 +219,3 @@ def published_tensors(weights: Tensors, cfg: ModelConfig) -> Tensors:
         return [inv_freq] if name == INV_FREQ else weights.pieces(stored[name])
 
     return Tensors(specs, read, {"format": "pt"}, pieces)
-
-
-def write_random_hub_weights(cfg: ModelConfig, folder: str | Path, seed: int = 0, *,
-                             tokenizer: str | Path | None = None, force: bool = False) -> Path:
-    """Write random weights in the published hub form: config.json, two .safetensors shards with index, tokenizer.model.
-
-    The weights are those of `random_weights`: the same seed gives the same files.
-    tokenizer: a tokenizer.model to copy beside them.
-    Raises CheckpointError if the folder holds weights already and `force` is not set.
-    Example: write_random_hub_weights(load_config("configs/tiny.yaml").model, "output/hub", seed=0)
-    """
-    folder = Path(folder)
-    if (folder / HUB_INDEX).exists() and not force:
-        raise CheckpointError(f"{folder}: holds weights already; give another folder, or force=True to replace them")
-    (folder / HUB_INDEX).unlink(missing_ok=True)  # written last: where it is, the weights are whole
-    tensors = published_tensors(random_weights(cfg, seed), cfg)
-    ends = list(accumulate(spec.nbytes for spec in tensors.specs.values()))
-    first = [name for name, end in zip(tensors, ends, strict=True) if 2 * (end - tensors.specs[name].nbytes) < ends[-1]]
-    shards = {"model-00001-of-00002.safetensors": first,  # cut in the middle, counted in bytes
-              "model-00002-of-00002.safetensors": [name for name in tensors if name not in first]}
-    for file, names in shards.items():
-        write_safetensors(folder / file, tensors.select(names), tensors.metadata)
-    atomic_write(folder / "config.json", json.dumps(cfg.to_hf(), indent=2) + "\n")
-    if tokenizer is not None:
-        atomic_write(folder / "tokenizer.model", Path(tokenizer).read_bytes())
-    atomic_write(folder / HUB_INDEX, index_text(tensors.specs, shards))
-    return folder

@@ -14,7 +14,7 @@ from glm3kit.chat.transcript import read_transcript
 from glm3kit.config.groups import load_config
 from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 from glm3kit.weights.convert import convert_weights
-from glm3kit.weights.read import write_random_hub_weights
+from glm3kit.weights.random import write_random_hub_weights
 
 SMALL = ["model.num_layers=1", "model.hidden_size=32", "model.ffn_hidden_size=64", "model.kv_channels=8",
          "generate.max_new_tokens=4"]

@@ -13,12 +13,11 @@ from glm3kit.checkpoint.folder import checkpoints, damage, newest_checkpoint
 from glm3kit.config.groups import ModelConfig, TrainConfig
 from glm3kit.errors import CheckpointError
 from glm3kit.model.chatglm3 import ChatGLM3
-from glm3kit.model.load import fill_parameters
 from glm3kit.parallel import ALONE
 from glm3kit.train.run import Trainer, run_steps
 from glm3kit.train.saving import load_checkpoint, save_checkpoint, usable_checkpoint
 from glm3kit.weights.formats.safetensors import read_safetensors
-from glm3kit.weights.read import random_weights
+from glm3kit.weights.random import random_weights
 
 TINY = ModelConfig(num_layers=2, padded_vocab_size=64, hidden_size=16, ffn_hidden_size=24, kv_channels=8,
                    num_attention_heads=4, seq_length=48, param_dtype="float32", compute_dtype="float32")
@@ -31,8 +30,7 @@ def batches(golden):
 
 
 def new_trainer(cfg: ModelConfig = TINY, total_steps: int = 6) -> tuple[ChatGLM3, Trainer]:
-    net = ChatGLM3(cfg)
-    fill_parameters(net, WEIGHTS)
+    net = ChatGLM3(cfg, weights=WEIGHTS)
     return net, Trainer(net, TrainConfig(learning_rate=1e-2, loss_scale="dynamic"), total_steps)
 
 

@@ -9,7 +9,8 @@ from glm3kit.errors import CheckpointError
 from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.parallel import Topology
 from glm3kit.train.saving import weight_layouts
-from glm3kit.weights.read import parameter_shapes, random_weights
+from glm3kit.weights.names import parameter_shapes
+from glm3kit.weights.random import random_weights
 from glm3kit.weights.slices import Slicing, copies_of, slicing
 from glm3kit.weights.tensors import Tensors
 

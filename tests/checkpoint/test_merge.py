@@ -18,7 +18,8 @@ from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.parallel import Topology
 from glm3kit.train.saving import weight_layouts
 from glm3kit.weights.formats.safetensors import read_safetensors, write_safetensors
-from glm3kit.weights.read import random_weights, read_weights
+from glm3kit.weights.random import random_weights
+from glm3kit.weights.read import read_weights
 from glm3kit.weights.slices import slicing
 
 TINY = ModelConfig(num_layers=2, padded_vocab_size=64, hidden_size=16, ffn_hidden_size=24, kv_channels=8,

@@ -12,7 +12,7 @@ from support import ROOT
 from glm3kit.__main__ import main, parser
 from glm3kit.config.groups import load_config
 from glm3kit.setup.rank_table import Device, RankTable, Server
-from glm3kit.weights.read import write_random_hub_weights
+from glm3kit.weights.random import write_random_hub_weights
 
 TINY = str(ROOT / "configs" / "tiny.yaml")
 VERBS = ["check", "rank-table show", "rank-table check", "rank-table wait", "rank-table make",

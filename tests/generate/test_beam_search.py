@@ -7,27 +7,17 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from glm3kit.config.groups import ModelConfig
+from glm3kit.config.groups import GenerateConfig
 from glm3kit.errors import ConfigError
 from glm3kit.generate.beam_search import beam_search
-from glm3kit.generate.sampling import Settings, sampling_probabilities
-from glm3kit.model.chatglm3 import ChatGLM3
-from glm3kit.model.load import load_weights
+from glm3kit.generate.sampling import sampling_probabilities
 
 WORDS, STOP = 4, 3  # a vocabulary of 0, 1, 2 and the stop id 3
 
 
 @pytest.fixture(scope="module")
-def net(golden) -> ChatGLM3:
-    cfg = ModelConfig.from_hf(golden / "hf/config.json", param_dtype="float32", compute_dtype="float32")
-    net = ChatGLM3(cfg)
-    load_weights(net, golden / "hf")
-    return net
-
-
-@pytest.fixture(scope="module")
-def prompt(golden) -> list[int]:
-    return np.load(golden / "reference.npz")["greedy.prompt_1"].tolist()
+def prompt(reference) -> list[int]:
+    return reference["greedy.prompt_1"].tolist()
 
 
 def table_logits(ids: list[int], seed: int) -> np.ndarray:
@@ -35,7 +25,7 @@ def table_logits(ids: list[int], seed: int) -> np.ndarray:
     return np.random.default_rng([seed, *ids]).standard_normal(WORDS) * 2
 
 
-def search(logits_after, prompt: list[int], limit: int, settings: Settings) -> list[int]:
+def search(logits_after, prompt: list[int], limit: int, settings: GenerateConfig) -> list[int]:
     """beam_search with a model that computes the logits after a row of ids from the beginning, without a cache."""
     rows = [list(prompt) for _ in range(settings.num_beams)]
 
@@ -46,7 +36,7 @@ def search(logits_after, prompt: list[int], limit: int, settings: Settings) -> l
     return beam_search(np.array([logits_after(row) for row in rows]), advance, prompt, limit, settings)
 
 
-def best_of_all(seed: int, prompt: list[int], new: int, settings: Settings) -> list[int]:
+def best_of_all(seed: int, prompt: list[int], new: int, settings: GenerateConfig) -> list[int]:
     """The best of all continuations of up to `new` ids, each worth what the definition says, by trying every one."""
     worth = {}
     for ids in product(range(WORDS), repeat=new):
@@ -63,7 +53,8 @@ def best_of_all(seed: int, prompt: list[int], new: int, settings: Settings) -> l
 
 @pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.0, 2.5])
 def test_enough_beams_find_the_best_of_all_continuations(length_penalty):
-    settings = Settings(num_beams=WORDS**3, length_penalty=length_penalty, early_stopping="never", eos_token_id=STOP)
+    settings = GenerateConfig(num_beams=WORDS**3, length_penalty=length_penalty, early_stopping="never",
+                              eos_token_id=STOP)
     for seed in range(12):
         found = search(lambda ids, seed=seed: table_logits(ids, seed), [1, 2], 6, settings)
         assert found == best_of_all(seed, [1, 2], 4, settings)
@@ -78,8 +69,8 @@ def test_two_beams_follow_by_hand():
             return np.log(probs[tuple(ids[1:])])
 
     forever = {"eos_token_id": []}
-    assert search(logits_after, [0], 3, Settings(num_beams=1, **forever)) == [0, 0]  # 0.5 * 0.4 = 0.2
-    assert search(logits_after, [0], 3, Settings(num_beams=2, **forever)) == [1, 2]  # 0.4 * 0.9 = 0.36
+    assert search(logits_after, [0], 3, GenerateConfig(num_beams=1, **forever)) == [0, 0]  # 0.5 * 0.4 = 0.2
+    assert search(logits_after, [0], 3, GenerateConfig(num_beams=2, **forever)) == [1, 2]  # 0.4 * 0.9 = 0.36
 
 
 def test_length_penalty_and_early_stopping_choose_by_hand():
@@ -90,8 +81,8 @@ def test_length_penalty_and_early_stopping_choose_by_hand():
         return np.log(probs.get(tuple(ids[1:]), [0.25] * 4))
 
     settings = {"num_beams": 2, "eos_token_id": STOP}
-    assert search(logits_after, [0], 5, Settings(length_penalty=0.0, **settings)) == [3]  # log 0.4 > log 0.315
-    assert search(logits_after, [0], 5, Settings(length_penalty=1.0, **settings)) == [0, 3]  # log 0.4 < log 0.315 / 2
+    for length_penalty, best in ((0.0, [3]), (1.0, [0, 3])):  # log 0.4 > log 0.315, log 0.4 < log 0.315 / 2
+        assert search(logits_after, [0], 5, GenerateConfig(length_penalty=length_penalty, **settings)) == best
 
 
 def test_the_cache_follows_the_beams(net, prompt):
@@ -105,7 +96,7 @@ def test_the_cache_follows_the_beams(net, prompt):
     found = []
     for beams, penalty in ((3, 1.0), (3, 1.6)):
         options = {"num_beams": beams, "eos_token_id": [7, 150], "repetition_penalty": penalty}
-        expected = search(logits_after, prompt, len(prompt) + 8, Settings(**options))
+        expected = search(logits_after, prompt, len(prompt) + 8, GenerateConfig(**options))
         found.append(net.generate(prompt, max_new_tokens=8, **options)[0].tolist())
         assert found[-1] == prompt + expected
     assert any(ids != plain for ids in found)  # else nothing has been shown

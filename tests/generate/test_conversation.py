@@ -8,19 +8,10 @@ from glm3kit.config.groups import LoraConfig, ModelConfig, TrainConfig
 from glm3kit.errors import ConfigError, Glm3KitError, PromptError
 from glm3kit.generate.decoder import Decoder
 from glm3kit.model.chatglm3 import ChatGLM3
-from glm3kit.model.load import load_weights
 from glm3kit.train.run import fit
 
 SETTINGS = {"max_new_tokens": 6, "eos_token_id": []}
 OPENING = [3, 1, 4, 1, 5]
-
-
-@pytest.fixture(scope="module")
-def net(golden) -> ChatGLM3:
-    cfg = ModelConfig.from_hf(golden / "hf/config.json", param_dtype="float32", compute_dtype="float32")
-    net = ChatGLM3(cfg)
-    load_weights(net, golden / "hf")
-    return net
 
 
 @pytest.fixture

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from glm3kit.config.groups import GenerateConfig
 from glm3kit.errors import ConfigError
-from glm3kit.generate.sampling import Settings, sampling_probabilities
+from glm3kit.generate.sampling import sampling_probabilities
 
 
 def test_probabilities_equal_the_reference(golden_texts):
@@ -51,8 +52,8 @@ def test_probabilities_follow_by_hand():
     ({"num_beams": 0}, "num_beams is 0, expected at least 1"),
     ({"num_beams": 4, "do_sample": True}, "num_beams is 4, expected .* and 1 with do_sample"),
     ({"length_penalty": float("inf")}, "length_penalty is inf, expected a number"),
-    ({"early_stopping": "soon"}, "early_stopping is soon, expected True, False or 'never'"),
+    ({"early_stopping": "soon"}, "early_stopping is 'soon', expected True, False or 'never'"),
 ])
 def test_settings_out_of_range_are_named_with_what_was_expected(settings, message):
     with pytest.raises(ConfigError, match=message):
-        Settings(**settings)
+        GenerateConfig.checked(**settings)

@@ -6,29 +6,14 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, ops
+from support import FLOAT32, golden_net
 
 from glm3kit.config.groups import ModelConfig
 from glm3kit.generate.decoder import Decoder
-from glm3kit.model.attention import rotary_tables, rotation_matrix
-from glm3kit.model.chatglm3 import ChatGLM3
-from glm3kit.model.layers import RMSNorm
-from glm3kit.model.load import AutoModel, load_weights
+from glm3kit.model.chatglm3 import ChatGLM3, RMSNorm, rotary_tables, rotation_matrix
+from glm3kit.model.load import AutoModel
 from glm3kit.train.step import PackedLoss, SummedLoss
-from glm3kit.weights.read import hf_name, parameter_shapes
-
-FLOAT32 = {"param_dtype": "float32", "compute_dtype": "float32"}
-
-
-@pytest.fixture(scope="module")
-def reference(golden) -> dict[str, np.ndarray]:
-    return dict(np.load(golden / "reference.npz"))
-
-
-@pytest.fixture(scope="module")
-def net(golden) -> ChatGLM3:
-    net = ChatGLM3(ModelConfig.from_hf(golden / "hf" / "config.json", **FLOAT32))
-    load_weights(net, golden / "hf")
-    return net
+from glm3kit.weights.names import hf_name, parameter_shapes
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
@@ -36,7 +21,7 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def test_a_norm_divides_by_the_root_mean_square():
-    norm = RMSNorm(2, 0.0, ms.float32)
+    norm = RMSNorm(ModelConfig(hidden_size=2, layernorm_epsilon=1e-12, param_dtype="float32"))
     norm.weight.set_data(Tensor([1.0, 2.0], ms.float32))
     x = Tensor([[1.0, 7.0], [3.0, -3.0]], ms.float32)  # root mean squares 5 and 3
     np.testing.assert_allclose(norm(x).asnumpy(), [[0.2, 2.8], [1, -2]], rtol=1e-6)
@@ -185,15 +170,13 @@ def flash_calls(monkeypatch):
         probs = ops.softmax(ops.masked_fill(scores, attn_mask, -1e30), -1)
         return ops.matmul(probs, value).astype(ms.float16)
 
-    monkeypatch.setattr("glm3kit.model.attention.on_ascend", lambda: True)
+    monkeypatch.setattr("glm3kit.model.chatglm3.on_ascend", lambda: True)
     monkeypatch.setattr("mindspore.ops.flash_attention_score", stand_in)
     return calls
 
 
-def test_flash_attention_gets_ascends_layout_and_gives_the_same_logits(golden, reference, flash_calls):
-    hub = golden / "hf"
-    fused = ChatGLM3(ModelConfig.from_hf(hub / "config.json", use_flash_attention=True))
-    load_weights(fused, hub)
+def test_flash_attention_gets_ascends_layout_and_gives_the_same_logits(reference, flash_calls):
+    fused = golden_net(param_dtype="float16", compute_dtype="float16", use_flash_attention=True)
     ids = Tensor(reference["forward.input_ids"])
     np.testing.assert_allclose(fused(ids).asnumpy(), reference["forward.logits"], atol=2e-2)
     padded, mask = Tensor(reference["padded.input_ids"]), Tensor(reference["padded.attention_mask"])
@@ -205,15 +188,12 @@ def test_flash_attention_gets_ascends_layout_and_gives_the_same_logits(golden, r
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_flash_attention_gives_the_same_gradients(golden, reference, flash_calls, packed):
-    hub = golden / "hf"
+def test_flash_attention_gives_the_same_gradients(reference, flash_calls, packed):
     ids = reference["forward.input_ids"].astype(np.int32)
     segments = [Tensor(np.broadcast_to(1 + np.arange(ids.shape[1]) // 7, ids.shape).astype(np.int32))] * packed
     gradients = []
     for flash in (False, True):
-        net = ChatGLM3(ModelConfig.from_hf(hub / "config.json", param_dtype="float32", compute_dtype="float16",
-                                           use_flash_attention=flash))
-        load_weights(net, hub)
+        net = golden_net(compute_dtype="float16", use_flash_attention=flash)
         loss = (PackedLoss if packed else SummedLoss)(net)
         backward = ops.GradOperation(get_by_list=True)(loss, ms.ParameterTuple(net.trainable_params()))
         inputs = Tensor(ids[:, :-1]), Tensor(ids[:, 1:]), *(segment[:, :-1] for segment in segments)

@@ -9,9 +9,7 @@ from glm3kit.config.groups import ModelConfig, TrainConfig
 from glm3kit.data.batches import Batches
 from glm3kit.data.token_file import CONVERSATION, EncodedRows, write_token_file
 from glm3kit.model.chatglm3 import ChatGLM3
-from glm3kit.model.load import fill_parameters
 from glm3kit.train.run import fit
-from glm3kit.weights.read import random_weights
 
 WINDOW = 24
 CONFIG = ModelConfig(num_layers=2, padded_vocab_size=64, hidden_size=32, ffn_hidden_size=48, kv_channels=8,
@@ -19,15 +17,9 @@ CONFIG = ModelConfig(num_layers=2, padded_vocab_size=64, hidden_size=32, ffn_hid
                      compute_dtype="float32")
 
 
-def new_net() -> ChatGLM3:
-    net = ChatGLM3(CONFIG)
-    fill_parameters(net, random_weights(CONFIG, 0))
-    return net
-
-
 @pytest.fixture(scope="module")
 def net() -> ChatGLM3:
-    return new_net()
+    return ChatGLM3(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +68,7 @@ def test_no_token_sees_another_record(net, batches):
 def test_training_on_packed_records_takes_the_same_steps(batches):
     curves = []
     for source, scale in ((batches[0], None), (batches[1], None), (batches[1], 1.0)):  # 1.0: gradients accumulate
-        history = fit(new_net(), [source.batch(0)] * 3, TrainConfig(learning_rate=1e-2, loss_scale=scale))
+        history = fit(ChatGLM3(CONFIG), [source.batch(0)] * 3, TrainConfig(learning_rate=1e-2, loss_scale=scale))
         curves.append([(record["loss"], record["grad_norm"], record["loss_tokens"]) for record in history])
     assert curves[0][0][0] > curves[0][2][0]
     for curve in curves[1:]:

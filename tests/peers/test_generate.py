@@ -2,19 +2,16 @@
 
 import numpy as np
 import pytest
+from support import golden_net
 
-from glm3kit import ChatGLM3, ModelConfig, convert_weights, load_weights
+from glm3kit import ChatGLM3, convert_weights
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore:.*written without a tokenizer")]
 
-FLOAT32 = {"param_dtype": "float32", "compute_dtype": "float32"}
-
 
 @pytest.fixture(scope="module")
-def net(golden) -> ChatGLM3:
-    net = ChatGLM3(ModelConfig.from_hf(golden / "hf/config.json", **FLOAT32))
-    load_weights(net, golden / "hf")
-    return net
+def net() -> ChatGLM3:
+    return golden_net()
 
 
 @pytest.fixture(scope="module")

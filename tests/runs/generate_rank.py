@@ -11,9 +11,7 @@ from glm3kit.config.groups import ModelConfig, ParallelConfig
 from glm3kit.errors import ConfigError
 from glm3kit.jobs.launch import rank_process
 from glm3kit.model.chatglm3 import ChatGLM3
-from glm3kit.model.load import fill_parameters
 from glm3kit.parallel import ALONE, Topology, start_processes
-from glm3kit.weights.read import random_weights
 
 CFG = ModelConfig(num_layers=1, padded_vocab_size=512, hidden_size=64, ffn_hidden_size=96, kv_channels=16,
                   num_attention_heads=4, multi_query_group_num=2, seq_length=96, param_dtype="float32",
@@ -24,7 +22,6 @@ PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8, 9, 7], [9, 3]]
 def answers(topology: Topology = ALONE) -> dict[str, list]:
     """What a model of random weights says: greedy, drawn, searched, in two turns."""
     net = ChatGLM3(CFG, topology)
-    fill_parameters(net, random_weights(CFG, seed=0))
     talk = net.conversation(max_new_tokens=4, eos_token_id=[])
     said = list(talk(PROMPTS[0]))
     found = {

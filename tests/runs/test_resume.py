@@ -13,7 +13,8 @@ from glm3kit.errors import CheckpointError, JobError
 from glm3kit.jobs.job import Job
 from glm3kit.jobs.launch import launch
 from glm3kit.jobs.metrics import read_metrics
-from glm3kit.weights.read import random_weights, read_weights
+from glm3kit.weights.random import random_weights
+from glm3kit.weights.read import read_weights
 
 SMALL = ("model.num_layers=1", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.kv_channels=8",
          "train.total_steps=6", "train.save_steps=2", "train.keep_checkpoints=3")

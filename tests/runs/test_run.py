@@ -16,7 +16,9 @@ from glm3kit.jobs.launch import launch
 from glm3kit.jobs.metrics import read_metrics
 from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 from glm3kit.train.run import run_rank
-from glm3kit.weights.read import parameter_shapes, random_weights, read_weights
+from glm3kit.weights.names import parameter_shapes
+from glm3kit.weights.random import random_weights
+from glm3kit.weights.read import read_weights
 
 SMALL = ("model.num_layers=1", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.kv_channels=8",
          "train.batch_size=2", "train.total_steps=6", "train.save_steps=3", "train.keep_checkpoints=2",
@@ -87,7 +89,7 @@ def test_merged_weights_of_a_run_are_those_of_a_model(finished, tmp_path):
 
 @pytest.mark.ranks
 def test_weights_of_another_model_fail_the_run_with_the_reason(tmp_path):
-    from glm3kit.weights.read import write_random_hub_weights
+    from glm3kit.weights.random import write_random_hub_weights
 
     other = ModelConfig(num_layers=1, padded_vocab_size=64, hidden_size=32, ffn_hidden_size=48, kv_channels=8,
                         num_attention_heads=4, param_dtype="float32")

@@ -7,7 +7,7 @@ import pytest
 from glm3kit.__main__ import main
 from glm3kit.config.groups import RunConfig
 from glm3kit.setup.memory import COMMUNICATION, adapter_count, estimate_memory, parameter_count
-from glm3kit.weights.read import parameter_shapes
+from glm3kit.weights.names import parameter_shapes
 
 SMALL = dict(num_layers=1, padded_vocab_size=10, hidden_size=8, ffn_hidden_size=12, kv_channels=4,
              num_attention_heads=2, multi_query_group_num=1)

@@ -18,7 +18,9 @@ from glm3kit.train.run import Trainer, fit
 from glm3kit.train.saving import load_checkpoint, save_checkpoint
 from glm3kit.weights.adapters import fold_adapters
 from glm3kit.weights.formats.safetensors import read_safetensors
-from glm3kit.weights.read import parameter_shapes, random_weights, read_weights
+from glm3kit.weights.names import parameter_shapes
+from glm3kit.weights.random import random_weights
+from glm3kit.weights.read import read_weights
 
 QKV = "transformer.encoder.layers.{}.self_attention.query_key_value"
 

@@ -16,7 +16,7 @@ from glm3kit.parallel import ALONE
 from glm3kit.train.optimizer import LossScale, bias_corrected, decays, learning_rate
 from glm3kit.train.run import Trainer, fit
 from glm3kit.train.step import Totals
-from glm3kit.weights.read import parameter_shapes
+from glm3kit.weights.names import parameter_shapes
 
 
 @pytest.fixture

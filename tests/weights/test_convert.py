@@ -20,7 +20,8 @@ from glm3kit.weights.formats.ckpt import write_ckpt
 from glm3kit.weights.formats.safetensors import write_safetensors
 from glm3kit.weights.hub_files import cut_into_shards, parse_size
 from glm3kit.weights.names import glm_names, hf_name, parameter_shapes, place
-from glm3kit.weights.read import read_weights, write_random_hub_weights, write_weights
+from glm3kit.weights.random import write_random_hub_weights
+from glm3kit.weights.read import read_weights, write_weights
 from glm3kit.weights.tensors import Tensors, TensorSpec, cast
 
 ATTENTION = "transformer.encoder.layers.1.self_attention."

@@ -1,7 +1,7 @@
-"""Dropout whose mask is a function of a key, the token and the feature, so that a step can be repeated exactly.
+"""LoRA's adapters, and their dropout, whose mask is a function of a key, the token and the feature.
 
-A step's masks are the same after a resume, and whatever the number of ranks: each hashes the places of its own slice.
-MindSpore's operators keep a state of their own that no checkpoint holds.
+So a step can be repeated exactly: its masks are the same after a resume, and whatever the number of ranks, as each
+hashes the places of its own slice. MindSpore's operators keep a state of their own that no checkpoint holds.
 
     key = mask_key(); dropout = Dropout(0.1, key, place=0); set_key(key, seed=0, step=7, micro_step=0)
 """
@@ -41,7 +41,7 @@ class Dropout(nn.Cell):
 
     def __init__(self, p: float, key: Parameter, place: int, topology: Topology = ALONE, sliced: bool = False):
         super().__init__()
-        self.__dict__["key"] = key  # no parameter of the model: a checkpoint does not hold it
+        object.__setattr__(self, "key", key)  # no parameter of the model: a checkpoint does not hold it
         self.place, self.scale = _int32(place * 0x9E3779B9), 1 / (1 - p)
         self.threshold = _int32(round(p * 2**32) + 2**31)
         self.data_rank, self.slice = topology.data_rank, topology.tensor_rank if sliced else 0
@@ -61,3 +61,26 @@ class Dropout(nn.Cell):
         # Both are mixed: two more multiplications make their sums independent in the high bits, which decide.
         words = folded((tokens + features) * _int32(0x7FEB352D), 15) * _int32(0x846CA68B)
         return ops.select(words >= self.threshold, x * self.scale, ops.zeros_like(x))
+
+
+class Adapter(nn.Cell):
+    """LoRA beside a matrix W (out, in): adds alpha / rank * (x A^T) B^T (https://arxiv.org/abs/2106.09685).
+
+    lora_a: A (rank, in), lora_b: B (out, rank), lora_alpha: (). Under tensor parallelism B or A is cut where W is.
+    dropout: of x (N, in). exchange: the ranks' exchange of the layer beside it, which x A^T (N, rank) passes through.
+    """
+
+    def __init__(self, lora_a: Parameter, lora_b: Parameter, lora_alpha: Parameter, dropout: Dropout | None,
+                 dtype: ms.Type, exchange: nn.Cell):
+        super().__init__()
+        self.lora_a, self.lora_b, self.lora_alpha = lora_a, lora_b, lora_alpha
+        self.rank, self.dtype, self.exchange = lora_a.shape[0], dtype, exchange
+        self.dropout = dropout
+        self.matmul = ops.MatMul(transpose_b=True)
+
+    def construct(self, x: Tensor) -> Tensor:
+        if self.dropout is not None:
+            x = self.dropout(x)
+        x = self.exchange(self.matmul(x, self.lora_a.astype(self.dtype)))
+        scaled_b = self.lora_b * (self.lora_alpha / self.rank)
+        return self.matmul(x, scaled_b.astype(self.dtype))
