@@ -34,7 +34,7 @@ def held_out_loss(net: "ChatGLM3", batches: Iterable[tuple[np.ndarray, np.ndarra
     batches: (input_ids, labels) int32 arrays (B, T), labels shifted, -100 ignored.
     Raises DataError if no token counts.
     """
-    from glm3kit.model.held_out import HeldOutLoss
+    from glm3kit.model.held_out import HeldOutLoss  # here: the measures of texts need no MindSpore
 
     return HeldOutLoss(net).mean(batches)
 
@@ -62,7 +62,7 @@ def attribute_coverage(rows: Iterable[Mapping[str, Any]], answers: Iterable[str]
 def _word_cutter() -> Callable[[str], list[str]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # jieba's use of pkg_resources is not the reader's concern
-        import jieba
+        import jieba  # here: slow to load, and with warnings
     jieba.setLogLevel(logging.WARNING)  # it announces its dictionary on stderr
     cutter = jieba.Tokenizer()
     with tempfile.TemporaryDirectory() as folder:  # not the shared /tmp/jieba.cache, which anybody could have written
@@ -73,8 +73,8 @@ def _word_cutter() -> Callable[[str], list[str]]:
 
 def _scores(prediction: str, reference: str) -> dict[str, float]:
     """Rouge-1/2/L F and BLEU-4 of one answer, from 0 to 1; an answer of white space alone scores 0."""
-    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-    from rouge_chinese import Rouge
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu  # here: slow to load
+    from rouge_chinese import Rouge  # here: slow to load
 
     names = ("rouge-1", "rouge-2", "rouge-l")
     if not prediction.strip() or not reference.strip():
@@ -142,7 +142,7 @@ def evaluate(config: RunConfig, net: "ChatGLM3 | None" = None, progress: bool = 
     held_out = config.data.model_copy(update={"train_path": ()})  # the training rows are not needed here
     tokens = prepare_data(config.model_copy(update={"data": held_out}), progress)["eval"]
     if net is None:
-        from glm3kit.model.load import AutoModel
+        from glm3kit.model.load import AutoModel  # here: as in held_out_loss
 
         net = AutoModel.from_config(config.model)
     batches = Batches(tokens, config.train.batch_size, config.model.seq_length, shuffle=False, drop_last=False)

@@ -2,8 +2,8 @@
 
 Tensor parallel (https://arxiv.org/abs/1909.08053): ranks that share a layer's matrices; each holds a slice, and the
 same rows of data pass through all. Data parallel with sharded optimizer state (ZeRO, https://arxiv.org/abs/1910.02054):
-ranks that hold the same slice and see different rows; each keeps the optimizer state of a shard, a piece of every
-flattened parameter.
+ranks that hold the same slice and see different rows; each keeps the optimizer state of a shard of every flattened
+parameter.
 
 On CPU, MCCL sums over any group but scatters over none and gathers over all ranks only: sums take their places.
 
@@ -115,6 +115,14 @@ def memory_in_use() -> int:
     return ms.runtime.max_memory_allocated() if on_ascend() else psutil.Process().memory_info().rss
 
 
+def among_zeros(x: Tensor, place: int, places: int) -> tuple[Tensor, ...]:
+    """x at its place and zeros of its shape at the others: a sum over the ranks then holds the x of every place."""
+    parts = ()
+    for other in range(places):
+        parts += (x if other == place else ops.zeros_like(x),)
+    return parts
+
+
 # ---- shards of optimizer state, over the ranks of data parallelism ----
 
 def shard_of(values: np.ndarray, rank: int, ranks: int) -> np.ndarray:
@@ -166,9 +174,7 @@ class AllGather(nn.Cell):
         if self.ranks == 1:
             return shard
         if not self.native:
-            before = ops.zeros(self.rank * shard.shape[0], shard.dtype)
-            after = ops.zeros((self.ranks - 1 - self.rank) * shard.shape[0], shard.dtype)
-            shard = ops.concat((before, shard, after))
+            shard = ops.concat(among_zeros(shard, self.rank, self.ranks))
         size = 1
         for length in shape:
             size *= length
@@ -197,18 +203,15 @@ class SumOfCopies(nn.Cell):
 
     def __init__(self, topology: Topology, cut: Slicing):
         super().__init__()
-        self.alone, copies = copies_of(cut, topology.tensor_parallel)
+        self.own, copies = copies_of(cut, topology.tensor_parallel)  # rows that no other rank holds come first
         self.place, self.places = topology.tensor_rank // copies, topology.tensor_parallel // copies
         self.collective = ops.AllReduce(group=topology.tensor_group)
 
     def construct(self, gradient: Tensor) -> Tensor:
-        shared = gradient[self.alone:]
+        shared = gradient[self.own:]
         rows = shared.shape[0]
-        parts = ()
-        for place in range(self.places):  # zeros but for our place, so that only copies add up
-            parts += (shared if place == self.place else ops.zeros_like(shared),)
-        summed = self.collective(ops.concat(parts))[self.place * rows:(self.place + 1) * rows]
-        return ops.concat((gradient[:self.alone], summed))
+        summed = self.collective(ops.concat(among_zeros(shared, self.place, self.places)))  # only copies add up
+        return ops.concat((gradient[:self.own], summed[self.place * rows:(self.place + 1) * rows]))
 
 
 class CopyToSlices(nn.Cell):
@@ -250,9 +253,4 @@ class GatherSlices(nn.Cell):
         self.collective = None if self.ranks == 1 else ops.AllReduce(group=topology.tensor_group)
 
     def construct(self, x: Tensor) -> Tensor:
-        if self.ranks == 1:
-            return x
-        parts = ()
-        for rank in range(self.ranks):  # zeros but for our place, summed
-            parts += (x if rank == self.rank else ops.zeros_like(x),)
-        return self.collective(ops.concat(parts, -1))
+        return x if self.ranks == 1 else self.collective(ops.concat(among_zeros(x, self.rank, self.ranks), -1))
