@@ -4,6 +4,7 @@
 """
 
 import math
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from glm3kit.data.packing import pack_rows
 from glm3kit.data.token_file import IGNORE_INDEX, TokenFile
 from glm3kit.errors import DataError
 
@@ -33,6 +33,39 @@ def prefetch(draw: Callable[[int], Any], steps: Iterable[int], ahead: int = 2) -
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def pack_rows(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
+    """Share rows out among packs of at most `capacity` tokens: the longest first, each where it fits best.
+
+    Best-fit decreasing needs at most 11/9 of the fewest packs possible, and one more (Johnson, 1973).
+    lengths: tokens of each row, none longer than capacity. Returns the row numbers of each pack.
+    Example: pack_rows([3, 5, 2], 5) -> [[1], [0, 2]]
+    """
+    lengths = np.asarray(lengths)
+    assert lengths.max(initial=0) <= capacity
+    packs: list[list[int]] = []
+    rooms: list[int] = []  # free tokens of packs, each number once, rising
+    packs_with: dict[int, list[int]] = {}  # free tokens -> packs
+    for row in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[row])
+        at = bisect_left(rooms, length)
+        if at == len(rooms):
+            room, pack = capacity, len(packs)
+            packs.append([])
+        else:
+            room = rooms[at]
+            pack = packs_with[room].pop()
+            if not packs_with[room]:
+                del rooms[at]
+        packs[pack].append(row)
+        room -= length
+        if room:
+            holders = packs_with.setdefault(room, [])
+            if not holders:
+                insort(rooms, room)
+            holders.append(pack)
+    return packs
 
 
 class Batches:

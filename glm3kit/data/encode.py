@@ -95,7 +95,7 @@ def encode_conversation(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Encode a conversation: the answers' predictions count in the loss, up to max_seq_length tokens.
 
-    record: see `prompt.conversation_messages`. tools_indent: 4 as in the chat prompt, None as in MindFormers.
+    record: see `messages.conversation_messages`. tools_indent: 4 as in the chat prompt, None as in MindFormers.
     Returns input_ids and labels, int32 (max_seq_length,), labels shifted by one; all are -100 if no answer begins in
     the first max_seq_length tokens.
     Raises PromptError for a malformed record.

@@ -9,8 +9,6 @@ import shutil
 from itertools import islice
 from pathlib import Path
 
-from mindspore.mindrecord import FileWriter
-
 from glm3kit.data.token_file import TokenFile, pad_row
 from glm3kit.files import sync
 
@@ -23,6 +21,8 @@ def write_mindrecord(tokens: TokenFile, path: str | Path, seq_length: int, pad_i
     path: ends with .mindrecord, in a folder that is made for it and its index. If the folder is there, all of it is
         already written, for it gets its name last.
     """
+    from mindspore.mindrecord import FileWriter  # here: no other form of the data needs MindSpore, which takes seconds
+
     path = Path(path)
     folder = path.parent
     if folder.exists():

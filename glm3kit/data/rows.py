@@ -1,7 +1,7 @@
 """The rows of data files: JSON lines or one JSON array, in UTF-8 or GBK, each with its line, each checked.
 
 Rows are of two kinds, also mixed in one file: ADGEN's (a source and a target text, in columns of any name) and
-conversations (`prompt.conversation_messages`). An error's text up to its first colon is the reason that rows are
+conversations (`messages.conversation_messages`). An error's text up to its first colon is the reason that rows are
 counted by; what follows is of that row alone.
 
     for row in read_rows(["train.json"], DataConfig()): print(row)

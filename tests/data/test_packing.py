@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from glm3kit.data.packing import pack_rows
+from glm3kit.data.batches import pack_rows
 
 
 @pytest.mark.parametrize("lengths, capacity, packs", [

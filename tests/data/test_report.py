@@ -9,21 +9,10 @@ from support import ROOT
 from glm3kit.__main__ import main
 from glm3kit.config.groups import DataConfig, load_config
 from glm3kit.data.encode import prepare_data
-from glm3kit.data.report import (
-    choice_table,
-    data_report,
-    find_overlap,
-    length_panels,
-    recommend_window,
-    recommendation,
-    report_text,
-    samples,
-    skip_table,
-    window_choices,
-    write_report,
-)
+from glm3kit.data.report import find_overlap, length_panels, recommend_window, recommendation, window_choices
 from glm3kit.data.token_file import ADGEN, CONVERSATION, EncodedRows, write_token_file
-from glm3kit.notebook.html import length_figure
+from glm3kit.notebook.data_report import choice_table, data_report, report_text, samples, skip_table, write_report
+from glm3kit.notebook.figures import length_figure
 from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 
 CONFIG = str(ROOT / "configs/tiny.yaml")

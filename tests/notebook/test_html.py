@@ -11,7 +11,8 @@ from IPython.core.formatters import DisplayFormatter
 
 from glm3kit.errors import DataError
 from glm3kit.jobs.metrics import read_metrics
-from glm3kit.notebook.html import NOTEBOOKS, loss_figure, smooth, table, token_table, workflow_strip
+from glm3kit.notebook.figures import loss_figure, smooth
+from glm3kit.notebook.html import NOTEBOOKS, table, token_table, workflow_strip
 from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 
 NASTY = '<script>alert("1")</script><img src=x onerror=\'alert(2)\'>&amp;'
