@@ -28,7 +28,7 @@ from pydantic.errors import PydanticUserError
 from pydantic.json_schema import GenerateJsonSchema
 
 from glm3kit.errors import PromptError
-from glm3kit.text.messages import as_text
+from glm3kit.text.tokenizer import as_text
 from glm3kit.tiny import TRAIN
 
 TIMEOUT_S = 10.0

@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from glm3kit.errors import DataError
-from glm3kit.text.messages import as_text
-from glm3kit.text.tokenizer import ROLES, check_text
+from glm3kit.text.tokenizer import ROLES, as_text, check_text
 
 _HEADING = re.compile(rf"^## ({'|'.join(ROLES)})(?: · (.*))?$")
 _TOOLS = "```json tools"

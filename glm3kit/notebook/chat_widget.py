@@ -21,12 +21,12 @@ import anywidget
 import traitlets
 from pydantic import ValidationError
 
-from glm3kit.chat import interpreter as cells
-from glm3kit.chat import transcript
+from glm3kit.chat import interpreter, transcript
 from glm3kit.chat.session import ChatSession
 from glm3kit.config.groups import GenerateConfig
 from glm3kit.errors import ConfigError, Glm3KitError, PromptError
-from glm3kit.text.messages import answer_content, as_text, has_tools
+from glm3kit.text.answers import answer_content, has_tools
+from glm3kit.text.tokenizer import as_text
 
 REFRESH_S = 0.05  # between two drawings of a growing reply
 HERE = Path(__file__).parent
@@ -162,7 +162,7 @@ class ChatWidget(anywidget.AnyWidget):
             "stop": self.session.stop, "undo": self._undo, "clear": self.session.clear,
             "set_system": self.session.set_system, "set_sampling": self._set_sampling,
             "set_ask_first": self._set_ask_first, "run_tool": self._run_tool, "observe_cell": self._observe_cell,
-            "watch_cells": cells.watch, "save": self._save, "load": self.session.load,
+            "watch_cells": interpreter.watch, "save": self._save, "load": self.session.load,
         }
         self.note = ""
         try:

@@ -1,7 +1,6 @@
 """The conversation: what streams out, what goes into the history, what is sent to the model, with a scripted model."""
 
 import json
-import random
 import threading
 
 import pytest
@@ -10,7 +9,6 @@ from support import TOKENIZER as TINY
 from glm3kit.chat.session import ChatSession
 from glm3kit.chat.tools import calculate, tool
 from glm3kit.errors import DataError, Glm3KitError, PromptError
-from glm3kit.text.answers import TextStream
 from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 
 WEATHER = [{"name": "weather", "description": "weather of a city", "parameters": {"city": {"type": "string"}}}]
@@ -46,61 +44,6 @@ def broken(ids):
     """A model that fails after three tokens."""
     yield from (300, 301, 302)
     raise RuntimeError("the card is gone")
-
-
-# text stream
-
-def pieces(tokenizer, text):
-    stream = TextStream(tokenizer)
-    return [*map(stream.push, tokenizer.encode(text, add_special_tokens=False)), stream.finish()]
-
-
-def test_streamed_pieces_join_to_the_decoded_text_for_random_ids(tokenizer):
-    draw = random.Random(0)
-    for _ in range(300):
-        ids = [draw.randrange(tokenizer.vocab_size + 40) for _ in range(draw.randrange(40))]
-        stream = TextStream(tokenizer)
-        assert "".join([*map(stream.push, ids), stream.finish()]) == tokenizer.decode(ids, errors="ignore"), ids
-
-
-def test_streamed_pieces_join_to_the_decoded_text_for_the_reference_rows(shared):
-    tokenizer = ChatGLM3Tokenizer(shared / "data/tokenizer/tokenizer.model")
-    for line in (shared / "golden/text/tokenizer.jsonl").read_text(encoding="utf-8").splitlines():
-        text = json.loads(line)["text"]
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        assert "".join(pieces(tokenizer, text)) == tokenizer.decode(ids), text
-
-
-def test_a_character_of_four_byte_pieces_comes_whole(tokenizer):
-    ids = tokenizer.encode("a🦄b", add_special_tokens=False)
-    assert [tokenizer.piece(id_) for id_ in ids if tokenizer.piece(id_).startswith("<0x")] == [
-        "<0xF0>", "<0x9F>", "<0xA6>", "<0x84>",
-    ]
-    told = pieces(tokenizer, "a🦄b")
-    assert "".join(told) == "a🦄b"
-    assert all("\ufffd" not in piece for piece in told)
-
-
-def test_bytes_that_never_become_a_character_are_told_at_the_end(tokenizer):
-    stream = TextStream(tokenizer)
-    ids = tokenizer.encode("🦄", add_special_tokens=False)[:-1]
-    assert [stream.push(id_) for id_ in ids if tokenizer.piece(id_).startswith("<0x")] == ["", "", ""]
-    assert set(stream.finish()) == {"\ufffd"}
-
-
-def test_spaces_between_pieces_are_kept_however_many(tokenizer):
-    text = "a  b   c\n\n  d"
-    assert "".join(pieces(tokenizer, text)) == text
-
-
-def test_spaces_survive_a_decoder_that_strips_the_beginning_of_a_text():
-    class Stripping:  # as a SentencePiece model that removes extra spaces
-        def decode(self, ids, errors):
-            return "".join({0: " ", 1: "a", 2: "b"}[id_] for id_ in ids).lstrip(" ")
-
-    for ids in ([1, 0, 2], [0, 0, 1, 0, 0, 0, 2, 0, 1]):
-        stream = TextStream(Stripping())
-        assert "".join([*map(stream.push, ids), stream.finish()]) == Stripping().decode(ids, "ignore")
 
 
 # history

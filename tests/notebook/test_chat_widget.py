@@ -15,8 +15,7 @@ from glm3kit.chat.transcript import read_transcript
 from glm3kit.config.groups import GenerateConfig
 from glm3kit.notebook import chat_widget as widgets
 from glm3kit.notebook.chat_widget import GUIDE, REFRESH_S, chat_widget, shown_state
-from glm3kit.text.messages import as_text
-from glm3kit.text.tokenizer import ChatGLM3Tokenizer
+from glm3kit.text.tokenizer import ChatGLM3Tokenizer, as_text
 
 PACKAGE = Path(widgets.__file__).parent
 TINY = PACKAGE / "tiny" / "tokenizer.model"
