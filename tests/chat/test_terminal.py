@@ -12,17 +12,11 @@ from glm3kit.chat.terminal import printable, talk
 from glm3kit.chat.tools import calculate
 from glm3kit.chat.transcript import read_transcript
 from glm3kit.config.groups import load_config
-from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 from glm3kit.weights.convert import convert_weights
 from glm3kit.weights.read import write_random_hub_weights
 
 SMALL = ["model.num_layers=1", "model.hidden_size=32", "model.ffn_hidden_size=64", "model.kv_channels=8",
          "generate.max_new_tokens=4"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return ChatGLM3Tokenizer(ROOT / "glm3kit" / "tiny" / "tokenizer.model")
 
 
 @pytest.fixture
