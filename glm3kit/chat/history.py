@@ -141,7 +141,7 @@ class Conversation:
 
     def _spoken(self) -> int:
         """Where the newest message stands that was said to the model; the opening does not count."""
-        opening = len(self._opening) if self.history[: len(self._opening)] == self._opening else 0
+        opening = len(self._opening) if self.history[:len(self._opening)] == self._opening else 0
         for i in range(len(self.history) - 1, opening - 1, -1):
             if self.history[i]["role"] != "assistant":
                 return i

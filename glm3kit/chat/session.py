@@ -94,7 +94,7 @@ class ChatSession(Conversation):
         if pending is None:
             return list(history), []
         said = process_response(pending[1], pending[0])[1]
-        return said[: len(pending[0])], said[len(pending[0]) :]
+        return said[:len(pending[0])], said[len(pending[0]):]
 
     @property
     def messages(self) -> History:
@@ -313,7 +313,7 @@ class ChatSession(Conversation):
     def _append(self, asked: History) -> None:
         assert self._pending is not None
         self.last_reply, history = process_response(self._pending[1], asked)
-        for said in history[len(asked) :]:  # a call's content was encoded by itself in training: this space is none
+        for said in history[len(asked):]:  # a call's content was encoded by itself in training: this space is none
             said["content"] = said["content"].removeprefix(" ")
         with self._state:
             self.history, self._pending = history, None

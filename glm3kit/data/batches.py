@@ -86,11 +86,9 @@ class Batches:
     Example: 10 rows, batch_size 2, 2 ranks -> 2 steps an epoch; with drop_last=False 3.
     """
 
-    def __init__(
-        self, tokens: TokenFile, batch_size: int, seq_length: int, *, seed: int = 0, rank: int = 0, ranks: int = 1,
-        epochs: int = 1, shuffle: bool = True, drop_last: bool = True, start_step: int = 0, pad_id: int = 0,
-        bucket_lengths: Sequence[int] = (), packing: bool = False
-    ):
+    def __init__(self, tokens: TokenFile, batch_size: int, seq_length: int, *, seed: int = 0, rank: int = 0,
+                 ranks: int = 1, epochs: int = 1, shuffle: bool = True, drop_last: bool = True, start_step: int = 0,
+                 pad_id: int = 0, bucket_lengths: Sequence[int] = (), packing: bool = False):
         assert 0 <= rank < ranks and batch_size > 0
         if tokens.longest > seq_length:
             raise DataError(
@@ -101,7 +99,8 @@ class Batches:
         # Tokens of what stands in one row of a batch.
         self.sizes = np.array([tokens.lengths[pack].sum() for pack in self.packs]) if self.packs else tokens.lengths
         self.global_batch = batch_size * ranks  # rows
-        self.steps_per_epoch = (math.floor if drop_last else math.ceil)(len(self.sizes) / self.global_batch)
+        steps = len(self.sizes) / self.global_batch
+        self.steps_per_epoch = math.floor(steps) if drop_last else math.ceil(steps)
         if not self.steps_per_epoch:
             kind = "packed rows" if packing else "rows"
             raise DataError(
@@ -136,12 +135,12 @@ class Batches:
     def batch(self, step: int) -> tuple[np.ndarray, ...]:
         """The batch of this rank at a step from 0: input_ids, labels and, if packed, segment_ids."""
         first = (step % self.steps_per_epoch) * self.global_batch
-        drawn = self._order(self.epoch_of(step))[first : first + self.global_batch]  # by all ranks
+        drawn = self._order(self.epoch_of(step))[first:first + self.global_batch]  # by all ranks
         length = self.lengths[np.searchsorted(self.lengths, self.sizes[drawn].max())]
         shape = self.batch_size, length
         input_ids = np.full(shape, self.pad_id, np.int32)
         labels, segment_ids = np.full(shape, IGNORE_INDEX, np.int32), np.zeros(shape, np.int32)
-        for i, number in enumerate(drawn[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]):
+        for i, number in enumerate(drawn[self.rank * self.batch_size:(self.rank + 1) * self.batch_size]):
             start = 0
             for segment, row in enumerate(self.packs[number] if self.packs else [int(number)], 1):
                 ids, row_labels = self.tokens[row]

@@ -131,9 +131,8 @@ def _publish(temporary: Path, destination: Path, digest: str) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_token_file(
-    destination: str | Path, digest: str, batches: Iterable[EncodedRows], report: dict[str, Any]
-) -> TokenFile:
+def write_token_file(destination: str | Path, digest: str, batches: Iterable[EncodedRows],
+                     report: dict[str, Any]) -> TokenFile:
     """Write a token file whole or not at all, and open it; memory holds one batch at a time.
 
     report: stored at the end, so that drawing the batches may fill it.

@@ -45,7 +45,7 @@ def _split_arguments(text: str) -> list[str]:
     for token in _ARGUMENT_TOKEN.finditer(text):
         depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(token[0], 0)
         if token[0] == "," and depth == 0:
-            parts.append(text[start : token.start()])
+            parts.append(text[start:token.start()])
             start = token.end()
     return [*parts, text[start:]] if text[start:].strip() else parts
 
@@ -71,7 +71,7 @@ def _read_tool_call(text: str) -> dict[str, Any]:
             raise PromptError(f"{code[:60]!r} is neither tool_call(name=value, ...) nor a JSON object")
         return value
     parameters: dict[str, Any] = {}
-    for argument in _split_arguments(code[call.end() : -1]):
+    for argument in _split_arguments(code[call.end():-1]):
         match = _ARGUMENT.fullmatch(argument.strip())
         if not match:
             raise PromptError(f"argument {argument.strip()[:60]!r} is not of the form name=value")
@@ -171,10 +171,10 @@ class TextStream:
         return self._tell(self._decode())
 
     def _decode(self) -> str:
-        return self._tokenizer.decode(self._ids[self._context :], errors="ignore")  # an untrained model says anything
+        return self._tokenizer.decode(self._ids[self._context:], errors="ignore")  # an untrained model says anything
 
     def _tell(self, text: str) -> str:
-        news = text[len(self._told_text) :]
+        news = text[len(self._told_text):]
         if news.strip():  # a context of spaces alone would lose them: a decoder drops the first space of a text
             self._context = self._told
             text = self._decode()

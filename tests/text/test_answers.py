@@ -194,7 +194,7 @@ def test_no_text_makes_it_raise():
             text = f"track\n```python\ntool_call({text})\n```"
         history = copy.deepcopy(TOOLS)
         content, after = process_response(text, history)
-        assert history == TOOLS and after[: len(history)] == history
+        assert history == TOOLS and after[:len(history)] == history
         assert isinstance(content, str) or set(content) in ({"name", "parameters"}, {"name", "content", "reason"})
         assert all(set(message) == {"role", "metadata", "content"} for message in after[1:])
 

@@ -30,7 +30,7 @@ def test_every_reference_conversation_has_the_reference_ids_and_loss(tokenizer, 
         size = min(len(ids), row["max_seq_length"])
         assert ids[:size] == row["input_ids"][:size]
         wanted = [ids[i + 1] if mask[i] else -100 for i in range(size - 1)]
-        assert wanted == row["labels"][: size - 1]
+        assert wanted == row["labels"][:size - 1]
 
 
 def test_a_model_is_trained_on_the_prompt_that_it_is_asked_with(tokenizer, encoded):
@@ -38,7 +38,7 @@ def test_a_model_is_trained_on_the_prompt_that_it_is_asked_with(tokenizer, encod
     question = record["conversations"][0]["content"]
     system = {"role": "system", "content": TOOLS_PROMPT, "tools": record["tools"]}
     asked = tokenizer.chat_ids([system, {"role": "user", "content": question}])
-    assert conversation_ids(record, tokenizer)[0][: len(asked)] == asked
+    assert conversation_ids(record, tokenizer)[0][:len(asked)] == asked
 
 
 def test_only_the_predictions_inside_answers_count(tokenizer):
@@ -97,11 +97,11 @@ def asked_again(record, tokenizer) -> int:
         before = messages[number - 1]
         if message.role != "assistant" or number == 0 or before.role == "assistant":  # a second answer: nobody asks
             continue
-        history = [earlier.to_dict() for earlier in messages[: number - 1]]
+        history = [earlier.to_dict() for earlier in messages[:number - 1]]
         if before.role == "system":
             continue
         asked = tokenizer.build_chat_input(before.content, history, before.role)["input_ids"][0].tolist()
-        assert ids[: len(asked)] == asked
+        assert ids[:len(asked)] == asked
         answers += 1
     return answers
 
@@ -124,7 +124,7 @@ def test_a_chat_session_asks_in_the_form_of_the_training_row_with_tools_and_resu
     replies = iter([[*answers[0], tokenizer.role_id("observation")], [*answers[1], tokenizer.eos_id]])
     session = ChatSession(tokenizer, lambda prompt: iter(next(replies)), tools=tools)
     assert session.ask("查股价") == {"name": "track", "parameters": {"symbol": "10111"}}
-    assert ids[: len(session.last_prompt_ids)] == list(session.last_prompt_ids)
+    assert ids[:len(session.last_prompt_ids)] == list(session.last_prompt_ids)
     assert session.ask('{"price": 12412}', role="observation") == "是 12412。"
     asked = list(session.last_prompt_ids)
     assert ids == [*asked, *answers[1], tokenizer.eos_id]

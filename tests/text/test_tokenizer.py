@@ -210,7 +210,7 @@ def test_a_file_that_is_no_sentencepiece_model_is_a_clear_error(tmp_path, conten
 
 def test_a_cut_tokenizer_file_is_a_clear_error(tmp_path, small):
     content = small.path.read_bytes()
-    (tmp_path / "tokenizer.model").write_bytes(content[: len(content) // 2])
+    (tmp_path / "tokenizer.model").write_bytes(content[:len(content) // 2])
     with pytest.raises(DataError, match="tokenizer.model"):
         ChatGLM3Tokenizer(tmp_path)
 
