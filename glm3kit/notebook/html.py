@@ -8,6 +8,7 @@ HTML takes the colours of JupyterLab's theme where there is one; every text in i
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any, Protocol
 
 from glm3kit.data.token_file import IGNORE_INDEX
@@ -24,25 +25,7 @@ NOTEBOOKS = (
 )
 # JupyterLab's variables follow its light and dark themes; the values behind the commas are for other viewers. A doubled
 # class outweighs JupyterLab's own rules for tables and lists.
-STYLE = """<style>
-.glm3kit-tokens, .glm3kit-strip { font-family: var(--jp-ui-font-family, system-ui), "Noto Sans CJK SC", sans-serif; }
-.glm3kit-tokens { line-height: 2.1; max-width: 62em; }
-.glm3kit-tokens .glm3kit-token { display: inline-block; line-height: 1.5; padding: 0 .35em; margin-right: .2em;
-  border: 1px solid var(--jp-border-color2, #c4c4c4); border-radius: .3em; color: inherit; background: none; }
-.glm3kit-tokens mark.glm3kit-token { color: #1b1b1b; background: #ffd666; border-color: #b88600; }
-.glm3kit-table.glm3kit-table { border-collapse: collapse; color: inherit; font: inherit; }
-.glm3kit-table.glm3kit-table caption { text-align: left; font-weight: 600; padding: .3em 0; color: inherit; }
-.glm3kit-table.glm3kit-table :is(th, td) { text-align: left; vertical-align: top; padding: .25em .8em;
-  white-space: pre-wrap; overflow-wrap: break-word; border-bottom: 1px solid var(--jp-border-color2, #c4c4c4); }
-.glm3kit-table.glm3kit-table .glm3kit-number { text-align: right; white-space: nowrap;
-  font-variant-numeric: tabular-nums; }
-.glm3kit-strip.glm3kit-strip ol { display: flex; flex-wrap: wrap; gap: .5em; margin: .3em 0; padding: 0;
-  list-style: none; }
-.glm3kit-strip li { padding: .35em .8em; border: 1px solid var(--jp-border-color2, #c4c4c4); border-radius: .5em;
-  line-height: 1.35; margin: 0; }
-.glm3kit-strip li[aria-current] { border: 2px solid var(--jp-brand-color1, #1976d2); font-weight: 600; }
-.glm3kit-strip small { display: block; opacity: .75; font-weight: 400; }
-</style>"""
+STYLE = f"<style>\n{Path(__file__).with_suffix('.css').read_text(encoding='utf-8')}</style>"
 
 
 class Pieces(Protocol):
