@@ -157,18 +157,19 @@ class ChatWidget(anywidget.AnyWidget):
 
     def do(self, action: str, **arguments: Any) -> None:
         """Do what the page asks for; if the session refuses, `note` says why. Raises KeyError for an unknown action."""
+        session = self.session
         actions: dict[str, Callable[..., Any]] = {
-            "send": self._say, "regenerate": self._regenerate, "rewrite": self.session.rewrite,
-            "stop": self.session.stop, "undo": self._undo, "clear": self.session.clear,
-            "set_system": self.session.set_system, "set_sampling": self._set_sampling,
-            "set_ask_first": self._set_ask_first, "run_tool": self._run_tool, "observe_cell": self._observe_cell,
-            "watch_cells": interpreter.watch, "save": self._save, "load": self.session.load,
-        }
+            "send": self._spoken(session.stream), "regenerate": self._spoken(session.stream_again),
+            "run_tool": self._spoken(lambda: session.stream_tools(rounds=1)),
+            "observe_cell": self._spoken(session.stream_cell), "watch_cells": interpreter.watch, "stop": session.stop,
+            "rewrite": session.rewrite, "undo": self._undo, "clear": session.clear, "set_system": session.set_system,
+            "set_sampling": self._set_sampling, "set_ask_first": self._set_ask_first, "save": self._save,
+            "load": session.load}
         self.note = ""
         try:
             actions[action](**arguments)
         except Glm3KitError as err:
-            if err is not self.session.error:  # that one is shown in the conversation
+            if err is not session.error:  # that one is shown in the conversation
                 self.note = str(err)
 
     def _speak(self, deltas: Iterator[str]) -> None:
@@ -186,17 +187,9 @@ class ChatWidget(anywidget.AnyWidget):
 
         threading.Thread(target=speak, name="glm3kit chat", daemon=True).start()
 
-    def _say(self, text: str, role: str, at: int | None = None) -> None:
-        self._speak(self.session.stream(text, role, at))
-
-    def _regenerate(self) -> None:
-        self._speak(self.session.stream_again())
-
-    def _run_tool(self) -> None:
-        self._speak(self.session.stream_tools(rounds=1))
-
-    def _observe_cell(self) -> None:
-        self._speak(self.session.stream_cell())
+    def _spoken(self, stream: Callable[..., Iterator[str]]) -> Callable[..., None]:
+        """What begins a reply, as an action that reads it in a thread."""
+        return lambda **said: self._speak(stream(**said))
 
     def _undo(self) -> None:
         taken = self.session.undo()

@@ -12,14 +12,7 @@ from typing import Any
 import numpy as np
 
 from glm3kit.config.groups import RunConfig
-from glm3kit.data.report import (
-    find_overlap,
-    length_panels,
-    place,
-    recommend_window,
-    recommendation,
-    window_choices,
-)
+from glm3kit.data.report import find_overlap, length_panels, place, recommend_window, recommendation, window_choices
 from glm3kit.data.rows import count_reasons
 from glm3kit.data.token_file import TokenFile
 from glm3kit.files import atomic_write

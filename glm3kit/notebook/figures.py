@@ -68,22 +68,19 @@ def _draw_loss(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
 
 def _draw_learning_rate(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
     axes.plot(*_curve(records, "learning_rate"), color="#4d7c0f", linewidth=1.5)
-    axes.set_ylabel("learning rate")
-    axes.set_ylim(bottom=0)
+    axes.set(ylabel="learning rate", ylim=(0, None))
     axes.ticklabel_format(axis="y", scilimits=(-3, 3))
 
 
 def _draw_throughput(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
     axes.plot(*_curve(records, "tokens_per_second"), color="#6d28d9", linewidth=1)
-    axes.set_ylabel("tokens per second")
-    axes.set_ylim(bottom=0)
+    axes.set(ylabel="tokens per second", ylim=(0, None))
 
 
 def _draw_step_time(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
     steps, times = _curve(records, "step_time_ms")
     axes.plot(steps, times, color="#6d28d9", linewidth=1)
-    axes.set_ylabel("ms per step")
-    axes.set_ylim(bottom=0)
+    axes.set(ylabel="ms per step", ylim=(0, None))
     limit = 3 * statistics.median(times)
     beyond = [time for time in times if time > limit]
     if beyond:  # the first step compiles the graph: it would flatten all others
