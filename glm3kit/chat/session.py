@@ -16,15 +16,7 @@ from glm3kit.chat import interpreter
 from glm3kit.chat.history import Conversation, History, fit_prompt
 from glm3kit.chat.tools import TIMEOUT_S, Tool, cut, run_call
 from glm3kit.errors import Glm3KitError, PromptError
-from glm3kit.text.answers import (
-    ASSISTANT,
-    answer_content,
-    answer_texts,
-    code_block,
-    has_tools,
-    last_name,
-    process_response,
-)
+from glm3kit.text.answers import ASSISTANT, answer_texts, code_block, last_call, last_name, process_response
 from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 
 SPEAKERS = ("user", "system", "observation")  # the roles that speak to the model; it answers as "assistant"
@@ -124,9 +116,7 @@ class ChatSession(Conversation):
     @property
     def pending_call(self) -> dict[str, Any] | None:
         """The tool call that the newest message is, as process_response reads it; None if it is none."""
-        name, text = last_name(self.history)
-        content = answer_content(name, text, has_tools(self.history))
-        return content if isinstance(content, dict) and self.pending_code is None else None
+        return last_call(self.history) if self.pending_code is None else None
 
     def can_run(self, call: Mapping[str, Any]) -> bool:
         """Whether `run_tools` would answer a call; else you do, as observation."""

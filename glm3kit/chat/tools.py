@@ -122,28 +122,31 @@ def tool(function: Callable[..., Any]) -> Tool:
     return Tool(name, description, parameters, function, adapter)
 
 
+class _InvalidArguments(Exception):
+    """Arguments that do not fit the signature of a tool."""
+
+
 def _fault(fault: Mapping[str, Any]) -> str:
     """One of pydantic's findings: which argument, what is expected, what it got."""
-    where = "".join(f"{place}." for place in fault["loc"])[:-1]
     got = "" if fault["type"] == "missing_argument" else f", got {fault['input']!r:.60}"
-    return f"{where}: {fault['msg']}{got}"
+    return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}{got}"
 
 
 def _checked(tool: Tool, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments in the types of the tool's signature, such as dates; ValueError says all that does not fit.
+    """Arguments in the types of the tool's signature, such as dates; _InvalidArguments says all that does not fit.
 
     As in JSON: "1" is no number, true is none, 1.0 is no integer, and there are no tuples, sets or infinite numbers.
     """
     try:
-        text = json.dumps(parameters, allow_nan=False)
+        text = json.dumps(parameters, allow_nan=False, ensure_ascii=False).encode()
         if json.loads(text) != parameters:
             raise ValueError(f"{parameters!r:.80} has a tuple or a key that is no text; use lists and texts")
     except (TypeError, ValueError, RecursionError) as err:
-        raise ValueError(f"no JSON: {err}") from err
+        raise _InvalidArguments(f"no JSON: {err}") from err
     try:
         return tool.arguments.validate_json(text, strict=True)
     except ValidationError as err:
-        raise ValueError("; ".join(map(_fault, err.errors()))) from err
+        raise _InvalidArguments("; ".join(map(_fault, err.errors()))) from err
 
 
 def _abandon(thread: threading.Thread) -> None:
@@ -204,16 +207,14 @@ def run_call(tools: Mapping[str, Tool], call: Mapping[str, Any], timeout_s: floa
     if "parameters" not in call:
         return _error(call.get("reason", "no tool call"))
     tool, parameters = tools[name], call["parameters"]
-    try:
-        arguments = _checked(tool, parameters)
-    except ValueError as err:
-        return _error(f"{name}: invalid arguments: {err}")
-    outcome = _run(lambda: tool.function(**arguments), timeout_s, stopped)
+    outcome = _run(lambda: tool.function(**_checked(tool, parameters)), timeout_s, stopped)
     if outcome is None:
         if stopped():
             raise InterruptedError(f"{name} was stopped")
         return _error(f"{name}: no result within {timeout_s:g} s")
     result, error = outcome
+    if isinstance(error, _InvalidArguments):
+        return _error(f"{name}: invalid arguments: {error}")
     if error is not None:
         return _error(f"{name}: {type(error).__name__}: {error}")
     try:
@@ -279,9 +280,8 @@ def find_products(words: list[str], limit: Annotated[int, Field(ge=1, le=10)] = 
     words: what each has to have, such as ["裙", "红色"]
     limit: how many at most
     """
-    path = TRAIN  # the rows that come with the kit
     found = []
-    with path.open(encoding="utf-8") as rows:
+    with TRAIN.open(encoding="utf-8") as rows:  # the rows that come with the kit
         for row in map(json.loads, rows):
             if all(word in row["content"] for word in words):
                 found.append({"attributes": row["content"], "text": row["summary"]})

@@ -129,7 +129,6 @@ class Batches:
             rows = len(self.sizes)
             order = np.random.default_rng([self.seed, epoch]).permutation(rows) if self.shuffle else np.arange(rows)
             self._order_of = epoch, order
-            return order
         return self._order_of[1]
 
     def batch(self, step: int) -> tuple[np.ndarray, ...]:

@@ -25,7 +25,6 @@ from glm3kit.data.token_file import (
     FORMAT,
     EncodedRows,
     TokenFile,
-    has_digest,
     pad_row,
     shift_labels,
     write_token_file,
@@ -233,8 +232,6 @@ class _Encoding:
 
     def token_file(self, destination: Path, progress: bool) -> TokenFile:
         """The token file at `destination`, written unless it is there with this digest."""
-        if has_digest(destination, self.digest):
-            return TokenFile.open(destination)
         return write_token_file(destination, self.digest, self._batches(progress), self.report)
 
 

@@ -5,7 +5,7 @@
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,16 +73,14 @@ def window_choices(tokens: TokenFile, data: DataConfig) -> list[dict[str, Any]]:
     return choices
 
 
-def recommend_window(choices: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
+def recommend_window(choices: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The smallest window that cuts at most 1 % of the rows; the one that cuts the fewest if none does."""
-    choices = list(choices)
     return next((choice for choice in choices if choice["rows_cut"] <= ACCEPTED_CUT),
                 min(choices, key=lambda choice: choice["rows_cut"]))
 
 
-def recommendation(choices: Iterable[Mapping[str, Any]]) -> str:
+def recommendation(choices: Sequence[Mapping[str, Any]]) -> str:
     """A sentence or two: which settings to choose, and on what evidence."""
-    choices = list(choices)
     best = recommend_window(choices)
     now = next(choice for choice in choices if choice["configured"])
     if best["max_source_length"]:
@@ -129,8 +127,8 @@ def length_panels(tokens: TokenFile, data: DataConfig) -> dict[str, tuple[np.nda
     """
     adgen = tokens.origins.kind == ADGEN
     source, target = np.asarray(tokens.origins.source), np.asarray(tokens.origins.target)
-    panels = {"source + target + 1": (source + target + 1, data.seq_length)}
+    rows, limits = slice(None), (None, None)
     if adgen.any():
-        return {"source": (source[adgen], data.max_source_length), "target": (target[adgen], data.max_target_length),
-                **panels}
-    return {"source": (source, None), "target": (target, None), **panels}
+        rows, limits = adgen, (data.max_source_length, data.max_target_length)
+    return {"source": (source[rows], limits[0]), "target": (target[rows], limits[1]),
+            "source + target + 1": (source + target + 1, data.seq_length)}

@@ -137,12 +137,15 @@ def _write_rows(folder: Path, batches: Iterable[EncodedRows]) -> int:
 
 def write_token_file(destination: str | Path, digest: str, batches: Iterable[EncodedRows],
                      report: dict[str, Any]) -> TokenFile:
-    """Write a token file whole or not at all, and open it; memory holds one batch at a time.
+    """Open the token file at `destination`, written first unless it is there with this digest.
 
+    It is written whole or not at all; memory holds one batch at a time.
     report: stored at the end, so that drawing the batches may fill it.
     Raises DataError if there are no rows.
     """
     destination = Path(destination)
+    if has_digest(destination, digest):
+        return TokenFile.open(destination)
     try:
         with atomic_folder(destination) as temporary:
             if not _write_rows(temporary, batches):

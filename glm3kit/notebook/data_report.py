@@ -4,7 +4,7 @@
 """
 
 import base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,8 @@ def skip_table(files: Mapping[str, TokenFile]) -> Html:
     return table(rows, ["", "reason", "rows", "where"], caption="Skipped rows")
 
 
-def choice_table(choices: Iterable[Mapping[str, Any]]) -> Html:
+def choice_table(choices: Sequence[Mapping[str, Any]]) -> Html:
     """`window_choices` as a table, the recommended and the configured one marked."""
-    choices = list(choices)
     best, rows = recommend_window(choices), []
     for choice in choices:
         marks = {"recommended": choice is best, "configured": choice["configured"]}

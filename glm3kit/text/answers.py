@@ -59,8 +59,12 @@ def code_block(text: str) -> str:
     return "\n".join(lines).rstrip().removesuffix("```").rstrip().strip("\n")
 
 
-def _read_tool_call(text: str) -> dict[str, Any]:
-    """Parameters of a tool call; PromptError says why a text is none."""
+def parse_tool_call(text: str) -> dict[str, Any]:
+    """Parameters of `tool_call(name=literal, ...)` or of a JSON object, fenced or bare.
+
+    Raises PromptError for any other text, with the reason.
+    Example: "```python\\ntool_call(symbol='10111')\\n```" -> {"symbol": "10111"}
+    """
     if len(text) > MAX_TOOL_CALL:
         raise PromptError(f"{len(text):,} characters, more than {MAX_TOOL_CALL:,}")
     code = code_block(text).strip().removesuffix(";")
@@ -80,17 +84,6 @@ def _read_tool_call(text: str) -> dict[str, Any]:
             raise PromptError(f"argument {name!r} is given twice")
         parameters[name] = _literal(value, ast.literal_eval, json.loads)  # json: true, false, null
     return parameters
-
-
-def parse_tool_call(text: str) -> dict[str, Any] | None:
-    """Parameters of `tool_call(name=literal, ...)` or of a JSON object, fenced or bare; None for any other text.
-
-    Example: "```python\\ntool_call(symbol='10111')\\n```" -> {"symbol": "10111"}
-    """
-    try:
-        return _read_tool_call(text)
-    except PromptError:
-        return None
 
 
 def has_tools(history: Sequence[Any]) -> bool:
@@ -117,9 +110,16 @@ def answer_content(metadata: str, text: str, tools: bool) -> str | dict[str, Any
     if not tools:
         return {"name": name, "content": text}
     try:
-        return {"name": name, "parameters": _read_tool_call(text)}
+        return {"name": name, "parameters": parse_tool_call(text)}
     except PromptError as err:
         return {"name": name, "content": text, "reason": f"no tool call: {err}"}
+
+
+def last_call(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What the newest message says if it names a tool or the like, as process_response reads it."""
+    name, text = last_name(history)
+    content = answer_content(name, text, has_tools(history))
+    return content if isinstance(content, dict) else None
 
 
 def process_response(output: str, history: Sequence[Any] | None) -> tuple[str | dict[str, Any], list[Any]]:

@@ -40,10 +40,10 @@ class Message:
         return entry
 
 
-def _field(turn: Mapping[str, Any], key: str, kind: type, article_kind: str) -> Any:
+def _field(turn: Mapping[str, Any], key: str, kind: type, what: str) -> Any:
     if not isinstance(turn.get(key), kind):
         got = f"{turn[key]!r:.80}" if key in turn else "nothing"
-        raise PromptError(f"the {turn['role']} turn's {key!r} is not {article_kind}: got {got}")
+        raise PromptError(f"the {turn['role']} turn's {key!r} is not {what}: got {got}")
     return turn[key]
 
 

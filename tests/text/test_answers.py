@@ -9,6 +9,7 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 
+from glm3kit.errors import PromptError
 from glm3kit.text.answers import TextStream, code_block, parse_tool_call, process_response
 from glm3kit.text.messages import conversation_messages
 from glm3kit.text.tokenizer import ChatGLM3Tokenizer
@@ -59,8 +60,9 @@ def test_tool_calls_are_read_as_literals(text, parameters):
     "tool_call(a=" + "9" * 5000 + ")", "tool_call(a='" + "\\'" * 40000 + ")", "tool_call(a='\0\0)",
     "tool_call(a=1, b='" + "x" * 100_000 + "')", "```python\n```", "tool_call(a=\"\ud83d)",
 ])
-def test_what_is_no_tool_call_of_literals_is_none(text):
-    assert parse_tool_call(text) is None
+def test_what_is_no_tool_call_of_literals_is_refused(text):
+    with pytest.raises(PromptError):
+        parse_tool_call(text)
 
 
 def test_nothing_that_a_model_writes_is_evaluated(tmp_path):
