@@ -244,13 +244,12 @@ class ChatSession(Conversation):
             asked = [*history, message]
             self._pending = asked, ""
             self._tell()
-            try:
-                yield ""
-                yield from self._generate(asked)
-            except GeneratorExit:  # the reader has left the loop
-                if self.last_reply_ids:
-                    self._append(asked)
-                raise
+            yield ""
+            yield from self._generate(asked)
+        except GeneratorExit:  # the reader has left the loop
+            if self.last_reply_ids:
+                self._append(asked)
+            raise
         except Exception:
             self.unsent = message
             raise

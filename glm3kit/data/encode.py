@@ -114,8 +114,7 @@ class _Encoding:
         self.seq_length = seq_length
         self.digest = self._digest()
         self.join = _Join(tokenizer, data.max_source_length, data.max_target_length)
-        self.lengths: dict[str, Counter[int]] = {  # before cutting
-            "source": Counter(), "target": Counter(), "conversation": Counter()}
+        self.lengths = {name: Counter[int]() for name in ("source", "target", "conversation")}  # before cutting
         self.report: dict[str, Any] = {
             "files": [], "seq_length": seq_length, "rows_read": 0, "rows_kept": 0, "rows_skipped": 0, "skipped": [],
             "adgen_rows": 0, "conversations": 0, "cut_sources": 0, "cut_answers": 0, "cut_conversations": 0,

@@ -159,9 +159,9 @@ class ChatWidget(anywidget.AnyWidget):
         """Do what the page asks for; if the session refuses, `note` says why. Raises KeyError for an unknown action."""
         session = self.session
         actions: dict[str, Callable[..., Any]] = {
-            "send": self._spoken(session.stream), "regenerate": self._spoken(session.stream_again),
-            "run_tool": self._spoken(lambda: session.stream_tools(rounds=1)),
-            "observe_cell": self._spoken(session.stream_cell), "watch_cells": interpreter.watch, "stop": session.stop,
+            "send": self._speaking(session.stream), "regenerate": self._speaking(session.stream_again),
+            "run_tool": self._speaking(lambda: session.stream_tools(rounds=1)),
+            "observe_cell": self._speaking(session.stream_cell), "watch_cells": interpreter.watch, "stop": session.stop,
             "rewrite": session.rewrite, "undo": self._undo, "clear": session.clear, "set_system": session.set_system,
             "set_sampling": self._set_sampling, "set_ask_first": self._set_ask_first, "save": self._save,
             "load": session.load}
@@ -172,24 +172,23 @@ class ChatWidget(anywidget.AnyWidget):
             if err is not session.error:  # that one is shown in the conversation
                 self.note = str(err)
 
-    def _speak(self, deltas: Iterator[str]) -> None:
-        """Read a reply to its end in a thread; then run the tools that it calls, unless a person says so first."""
-        def speak() -> None:
+    def _speaking(self, stream: Callable[..., Iterator[str]]) -> Callable[..., None]:
+        """An action that begins a reply and reads it to its end in a thread; then it runs the tools that are called.
+
+        Where a person is asked first, the tools wait for that.
+        """
+        def speak(deltas: Iterator[str]) -> None:
             try:
                 for _ in deltas:
                     pass
                 if not (self.session.ask_first or self.session.stopped):
-                    for _ in self.session.stream_tools():
-                        pass
+                    self.session.run_tools()
             except Exception as err:  # whatever a model may raise; the session has kept it, to be shown in the chat
                 if err is not self.session.error:
                     self.note = f"{type(err).__name__}: {err}"
 
-        threading.Thread(target=speak, name="glm3kit chat", daemon=True).start()
-
-    def _spoken(self, stream: Callable[..., Iterator[str]]) -> Callable[..., None]:
-        """What begins a reply, as an action that reads it in a thread."""
-        return lambda **said: self._speak(stream(**said))
+        return lambda **said: threading.Thread(target=speak, args=(stream(**said),), name="glm3kit chat",
+                                               daemon=True).start()
 
     def _undo(self) -> None:
         taken = self.session.undo()

@@ -124,8 +124,7 @@ def _draw_lengths(axes: Axes, lengths: np.ndarray, limit: int | None, label: str
     top = max(int(np.percentile(lengths, 99.5)), limit or 1)  # a few very long rows would flatten all others
     width = math.ceil((top + 1) / 40)  # whole tokens: every bar counts as many lengths as the others
     axes.hist(np.minimum(lengths, top), bins=np.arange(0, top + 1 + width, width), color="#1f77b4", alpha=0.8)
-    axes.set_xlabel(f"{label} in tokens, up to {lengths.max():,}")
-    axes.set_ylabel("rows")
+    axes.set(xlabel=f"{label} in tokens, up to {lengths.max():,}", ylabel="rows")
     if limit:
         axes.axvline(limit, color="#c2410c", linewidth=1.5)
         axes.set_title(f"limit {limit}: {(lengths > limit).mean():.1%} longer", loc="right", color="#c2410c",

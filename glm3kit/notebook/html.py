@@ -9,10 +9,11 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from glm3kit.data.token_file import IGNORE_INDEX
 from glm3kit.errors import DataError
+from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 
 NOTEBOOKS = (
     ("01_setup_check", "Check the setup", "环境检查"),
@@ -28,14 +29,6 @@ NOTEBOOKS = (
 STYLE = f"<style>\n{Path(__file__).with_suffix('.css').read_text(encoding='utf-8')}</style>"
 
 
-class Pieces(Protocol):
-    """What a token table needs of a tokenizer."""
-
-    pad_id: int
-
-    def piece(self, id_: int) -> str: ...
-
-
 class Html:
     """Something to show: HTML in a notebook, the same as text elsewhere."""
 
@@ -49,7 +42,7 @@ class Html:
         return self.text
 
 
-def token_table(ids: Sequence[int], labels: Sequence[int], tokenizer: Pieces) -> Html:
+def token_table(ids: Sequence[int], labels: Sequence[int], tokenizer: ChatGLM3Tokenizer) -> Html:
     """The tokens of one row, those that carry loss marked; hover for position and id.
 
     ids, labels: (T,) each, labels shifted (`labels[i]` is the token after `ids[i]`, -100 where it carries no loss), so

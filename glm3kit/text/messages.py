@@ -32,12 +32,9 @@ class Message:
 
     def to_dict(self) -> dict[str, Any]:
         """The message as an entry of a history."""
-        entry: dict[str, Any] = {"role": self.role, "content": self.content}
-        if self.role == "assistant":
-            entry["metadata"] = self.metadata
-        if self.tools is not None:
-            entry["tools"] = self.tools
-        return entry
+        named = {"metadata": self.metadata} if self.role == "assistant" else {}
+        tools = {} if self.tools is None else {"tools": self.tools}
+        return {"role": self.role, "content": self.content} | named | tools
 
 
 def _field(turn: Mapping[str, Any], key: str, kind: type, what: str) -> Any:
