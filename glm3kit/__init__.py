@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ does
     from glm3kit.model.load import AutoModel, load_weights
     from glm3kit.notebook.chat_widget import chat_widget
     from glm3kit.setup.rank_table import merge_rank_tables, read_rank_table
-    from glm3kit.text.messages import process_response
+    from glm3kit.text.answers import process_response
     from glm3kit.text.tokenizer import ChatGLM3Tokenizer
     from glm3kit.weights.convert import convert_weights
 
@@ -36,7 +36,7 @@ _HOME = {
     "ModelConfig": "config.groups", "RunConfig": "config.groups", "load_config": "config.groups",
     "AutoConfig": "config.mindformers",
     "ChatGLM3Tokenizer": "text.tokenizer",
-    "process_response": "text.messages",
+    "process_response": "text.answers",
     "convert_weights": "weights.convert", "load_weights": "model.load",
     "encode_adgen": "data.encode", "encode_conversation": "data.encode",
     "ChatSession": "chat.session",

@@ -18,7 +18,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from glm3kit.config.groups import RunConfig
-from glm3kit.data.encode import Batches, prepare_data, read_rows
+from glm3kit.data.batches import Batches
+from glm3kit.data.encode import prepare_data
+from glm3kit.data.rows import read_rows
 from glm3kit.errors import DataError
 from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 

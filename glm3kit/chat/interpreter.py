@@ -10,7 +10,6 @@ import io
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,26 +47,20 @@ class Watch:
 
     def __init__(self, shell: Any):
         self.runs: deque[Run] = deque(maxlen=KEPT)
-        self._restore: Callable[[], None] | None = None
+        self._streams: tuple[Any, Any] | None = None  # sys.stdout and sys.stderr, while a cell runs
         self._kept = io.StringIO()
         shell.events.register("pre_run_cell", self._begin)
         shell.events.register("post_run_cell", self._end)
 
     def _begin(self, info: Any) -> None:
         self._kept = io.StringIO()
-        streams = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = (_Copy(stream, self._kept) for stream in streams)
-
-        def restore() -> None:
-            sys.stdout, sys.stderr = streams
-
-        self._restore = restore
+        self._streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = (_Copy(stream, self._kept) for stream in self._streams)
 
     def _end(self, result: Any) -> None:
-        if self._restore is None:  # the cell in which the watch began
+        if self._streams is None:  # the cell in which the watch began
             return
-        self._restore()
-        self._restore = None
+        (sys.stdout, sys.stderr), self._streams = self._streams, None
         output = self._kept.getvalue()
         error = result.error_before_exec or result.error_in_exec
         ending = "" if result.result is None else repr(result.result)

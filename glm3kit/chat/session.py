@@ -1,4 +1,4 @@
-"""A conversation with a ChatGLM3: history, roles, tools, and text that appears while the model speaks.
+"""A conversation with a ChatGLM3: roles, tools, and text that appears while the model speaks.
 
 The form of the history and of tool calls is that of the published ChatGLM3 demos. The model is any callable from the
 ids of a prompt to an iterator of generated ids, so that a test can script it:
@@ -12,32 +12,22 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from glm3kit.chat import interpreter as cells
-from glm3kit.chat import transcript
-from glm3kit.chat.floor import Floor
-from glm3kit.chat.history import fit_prompt
+from glm3kit.chat import interpreter
+from glm3kit.chat.history import Conversation, History, fit_prompt
 from glm3kit.chat.tools import TIMEOUT_S, Tool, cut, run_call
 from glm3kit.errors import Glm3KitError, PromptError
-from glm3kit.text.answers import answer_texts
-from glm3kit.text.messages import (
-    ASSISTANT,
-    TOOLS_PROMPT,
-    answer_content,
-    chat_ids,
-    code_block,
-    has_tools,
-    last_name,
-    process_response,
-)
+from glm3kit.text.answers import ASSISTANT, answer_texts, code_block, last_call, last_name, process_response
 from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 
-ROLES = ("user", "system", "observation")  # those that speak to the model; it answers as "assistant"
+SPEAKERS = ("user", "system", "observation")  # the roles that speak to the model; it answers as "assistant"
 MAX_RESERVE = 256  # tokens; MindFormers' max_decode_length
 MAX_ROUNDS = 5  # tool calls that are answered one after the other before a person is asked
 INTERPRETER = "interpreter"  # the published model names no tool but this when it answers with code
 
+Approve = Callable[[dict[str, Any]], bool]
 
-class ChatSession:
+
+class ChatSession(Conversation):
     """A conversation: its history, and the reply that is being generated.
 
     tokenizer: turns messages into ids and ids into text.
@@ -59,16 +49,9 @@ class ChatSession:
     error, unsent: what ended the last reply before its time, and the message that was not answered; None if nothing.
     """
 
-    def __init__(
-        self,
-        tokenizer: ChatGLM3Tokenizer,
-        reply: Callable[..., Iterable[int]],
-        system: str | None = None,
-        tools: Sequence[Tool | Any] | None = None,
-        seq_length: int | None = None,
-        reserve: int | None = None,
-        sampling: Mapping[str, Any] | None = None,
-    ):
+    def __init__(self, tokenizer: ChatGLM3Tokenizer, reply: Callable[..., Iterable[int]], system: str | None = None,
+                 tools: Sequence[Tool | Any] | None = None, seq_length: int | None = None, reserve: int | None = None,
+                 sampling: Mapping[str, Any] | None = None):
         self.tokenizer, self.reply, self.seq_length = tokenizer, reply, seq_length
         self.reserve = min(MAX_RESERVE, (seq_length or 0) // 4) if reserve is None else reserve
         self.sampling = None if sampling is None else dict(sampling)
@@ -76,24 +59,14 @@ class ChatSession:
         self.functions = {item.name: item for item in registered}
         if len(self.functions) < len(registered):
             raise PromptError(f"two tools have one name: {', '.join(item.name for item in registered)}; rename one")
-        self.tools = [item.to_dict() if isinstance(item, Tool) else item for item in tools or []]
         self._ask_first = False
-        self._opening = self._system_turn(system)
-        self._floor = Floor()
         self._state = threading.Lock()  # history and pending change together
-        self._begin(self._opening)
-
-    def _system_turn(self, text: str | None) -> list[dict[str, Any]]:
-        if text is None and not self.tools:
-            return []
-        turn = {"role": "system", "content": TOOLS_PROMPT if text is None else text}
-        return [turn | ({"tools": self.tools} if self.tools else {})]
+        super().__init__(system, [item.to_dict() if isinstance(item, Tool) else item for item in tools or []])
 
     def _begin(self, history: Sequence[dict[str, Any]]) -> None:
-        """Go on from another history."""
-        self.history: list[dict[str, Any]] = list(history)
-        self._pending: tuple[list[dict[str, Any]], str] | None = None  # up to the message being answered; the answer
-        self._counted: list[dict[str, Any]] | None = None  # the history that last_prompt_ids and last_reply_ids end
+        super()._begin(history)
+        self._pending: tuple[History, str] | None = None  # up to the message being answered; the answer
+        self._counted: History | None = None  # the history that last_prompt_ids and last_reply_ids end
         self.last_prompt_ids: list[int] = []
         self.last_reply_ids: list[int] = []
         self.last_reply: str | dict[str, Any] = ""
@@ -106,35 +79,20 @@ class ChatSession:
     # what there is to see
 
     @property
-    def busy(self) -> bool:
-        """Whether a reply is being generated or a tool runs."""
-        return self._floor.taken
-
-    @property
-    def stopped(self) -> bool:
-        """Whether `stop` has ended the last reply, or the one being generated will end so."""
-        return self._floor.stopped
-
-    @property
-    def progress(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    def progress(self) -> tuple[History, History]:
         """The messages that stand, the one being answered included, and the parts of the reply so far."""
         with self._state:
             history, pending = self.history, self._pending
         if pending is None:
             return list(history), []
         said = process_response(pending[1], pending[0])[1]
-        return said[: len(pending[0])], said[len(pending[0]) :]
+        return said[:len(pending[0])], said[len(pending[0]):]
 
     @property
-    def messages(self) -> list[dict[str, Any]]:
+    def messages(self) -> History:
         """The history, and while a reply is being generated also its question and what has been said so far."""
         standing, growing = self.progress
         return standing + growing
-
-    @property
-    def system(self) -> str:
-        """The text of the system turn at the beginning; "" if there is none."""
-        return self.history[0]["content"] if self.history and self.history[0]["role"] == "system" else ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -147,7 +105,7 @@ class ChatSession:
         """Tokens of the last prompt and its reply; of all messages where the history was changed since."""
         if self.busy or self._counted == self.history:
             return len(self.last_prompt_ids) + len(self.last_reply_ids)
-        return len(chat_ids(self.history, self.tokenizer)) if self.history else 0
+        return len(self.tokenizer.chat_ids(self.history)) if self.history else 0
 
     @property
     def pending_code(self) -> str | None:
@@ -158,18 +116,14 @@ class ChatSession:
     @property
     def pending_call(self) -> dict[str, Any] | None:
         """The tool call that the newest message is, as process_response reads it; None if it is none."""
-        name, text = last_name(self.history)
-        content = answer_content(name, text, has_tools(self.history))
-        return content if isinstance(content, dict) and self.pending_code is None else None
+        return last_call(self.history) if self.pending_code is None else None
 
     def can_run(self, call: Mapping[str, Any]) -> bool:
         """Whether `run_tools` would answer a call; else you do, as observation."""
         described = {item.get("name") for item in self.tools if isinstance(item, Mapping)} - set(self.functions)
         return bool(self.functions) and call["name"] not in described
 
-    def observe(self, changed: Callable[[], None]) -> Callable[[], None]:
-        """Call `changed`, from any thread, after every change; return a function that ends that."""
-        return self._floor.observe(changed)
+    # how it goes on
 
     @property
     def ask_first(self) -> bool:
@@ -179,71 +133,14 @@ class ChatSession:
     @ask_first.setter
     def ask_first(self, ask_first: bool) -> None:
         self._ask_first = ask_first
-        self._floor.tell()
-
-    # changing the conversation without the model
-
-    def stop(self) -> None:
-        """End the reply after its next token, or the waiting for a tool, from any thread; what was said is kept."""
-        self._floor.stop()
-
-    def clear(self) -> None:
-        """Forget the conversation but for the system turn it was opened with.
-
-        Raises Glm3KitError while a reply is being generated, as all changes do.
-        """
-        with self._floor.take("cannot clear the conversation"):
-            self._begin(self._opening)
-
-    def set_system(self, text: str) -> None:
-        """Put another text into the system turn at the beginning; the conversation goes on.
-
-        "" takes the turn away, or with tools gives it its default text.
-        """
-        with self._floor.take("cannot change the system turn"):
-            self._opening = self._system_turn(text.strip() or None)
-            rest = self.history[1:] if self.history and self.history[0]["role"] == "system" else self.history
-            self._begin(self._opening + rest)
+        self._tell()
 
     def set_sampling(self, **options: Any) -> None:
         """Change options of generation, from the next reply on."""
-        with self._floor.take("cannot change the sampling"):
+        with self._change("cannot change the sampling"):
             self.sampling = (self.sampling or {}) | options
 
-    def _spoken(self) -> int:
-        """Where the newest message stands that was said to the model; the opening does not count."""
-        opening = len(self._opening) if self.history[: len(self._opening)] == self._opening else 0
-        for i in range(len(self.history) - 1, opening - 1, -1):
-            if self.history[i]["role"] != "assistant":
-                return i
-        raise Glm3KitError("nothing has been said yet")
-
-    def undo(self) -> dict[str, Any]:
-        """Take back the newest message to the model and what was answered; return that message."""
-        with self._floor.take("cannot undo"):
-            at = self._spoken()
-            taken = self.history[at]
-            self._begin(self.history[:at])
-            return taken
-
-    def rewrite(self, at: int, text: str) -> None:
-        """Let an answer have said something else; what came after it is dropped. at: its place in the history."""
-        with self._floor.take("cannot rewrite an answer"):
-            if not 0 <= at < len(self.history) or self.history[at]["role"] != "assistant":
-                raise PromptError(f"message {at} is no answer; to say something else, use stream(text, role, at={at})")
-            self._begin([*self.history[:at], self.history[at] | {"content": text}])
-
-    def load(self, text: str) -> None:
-        """Go on from a transcript, JSON or Markdown. Raises DataError for a text that is none."""
-        history = transcript.read_transcript(text)
-        with self._floor.take("cannot load a conversation"):
-            self._begin(history)
-
-    def transcript(self) -> str:
-        """The history as JSON text."""
-        return transcript.to_json(self.history)
-
-    # talking to the model
+    # talking to the model: each way yields the reply's text, and each has a partner that returns the whole reply
 
     def stream(self, text: Any, role: str = "user", at: int | None = None) -> Iterator[str]:
         """Say something as `role` and yield the reply's text while it is generated, without white space around it.
@@ -255,23 +152,15 @@ class ChatSession:
         at: say it instead of this message of the history, and drop all after it; default: after the last one.
         Raises PromptError for a message that cannot be sent, Glm3KitError while another reply is being generated.
         """
-        if role not in ROLES:
-            raise PromptError(f"role {role!r} cannot speak to the model; expected one of {', '.join(ROLES)}")
+        if role not in SPEAKERS:
+            raise PromptError(f"role {role!r} cannot speak to the model; expected one of {', '.join(SPEAKERS)}")
         if at is not None and not 0 <= at <= len(self.history):
             raise PromptError(f"there is no message {at} to go on from; the history has {len(self.history)}")
         return self._hold("cannot start another reply", self._turn({"role": role, "content": text}, at))
 
     def ask(self, text: Any, role: str = "user") -> str | dict[str, Any]:
-        """Say something as `role` and return the whole reply: text, or the dict that process_response makes of a call.
-
-        Arguments and errors as for `stream`.
-        """
+        """`stream`, read to its end: text, or the dict that process_response makes of a call."""
         return self._whole(self.stream(text, role))
-
-    def _whole(self, deltas: Iterator[str]) -> str | dict[str, Any]:
-        for _ in deltas:
-            pass
-        return self.last_reply
 
     def stream_again(self) -> Iterator[str]:
         """Say the newest message again and yield another reply, which takes the place of the last; see `stream`."""
@@ -279,25 +168,25 @@ class ChatSession:
         return self.stream(self.history[at]["content"], self.history[at]["role"], at)
 
     def regenerate(self) -> str | dict[str, Any]:
-        """Say the newest message again and return another reply, which takes the place of the last."""
+        """`stream_again`, read to its end."""
         return self._whole(self.stream_again())
 
-    def stream_tools(self, approve: Callable[[dict[str, Any]], bool] | None = None, rounds: int = MAX_ROUNDS,
+    def stream_tools(self, approve: Approve | None = None, rounds: int = MAX_ROUNDS,
                      timeout_s: float = TIMEOUT_S) -> Iterator[str]:
-        """Answer the model's tool calls, and yield the text of its replies to them; arguments as for `run_tools`."""
-        return self._hold("cannot run a tool", self._answer_calls(approve, rounds, timeout_s))
+        """While the newest message calls a tool: run it, say its result as observation, and yield the reply's text.
 
-    def run_tools(self, approve: Callable[[dict[str, Any]], bool] | None = None, rounds: int = MAX_ROUNDS,
-                  timeout_s: float = TIMEOUT_S) -> str | dict[str, Any]:
-        """While the newest message calls a tool: run it, and say its result as observation. Return the last reply.
-
-        Arguments are checked against the tool's schema first. An unknown tool, arguments that do not fit, an
+        Arguments are checked against the tool's signature first. An unknown tool, arguments that do not fit, an
         exception and no result in time become an observation that says so: the model may try again.
         approve: is shown each call, {"name", "parameters"}; False leaves it unanswered. Default: all are run.
-        rounds: how many calls are answered; after that the last one is returned, not run.
+        rounds: how many calls are answered; after that the last one is left, not run.
         timeout_s: of one call; a tool that takes longer is abandoned, see glm3kit.chat.tools.
         A call of a tool that is only described is left to you: ask(result, role="observation").
         """
+        return self._hold("cannot run a tool", self._answer_calls(approve, rounds, timeout_s))
+
+    def run_tools(self, approve: Approve | None = None, rounds: int = MAX_ROUNDS,
+                  timeout_s: float = TIMEOUT_S) -> str | dict[str, Any]:
+        """`stream_tools`, read to its end: the last reply, or the call that was left."""
         return self._whole(self.stream_tools(approve, rounds, timeout_s))
 
     def insert_cell(self) -> None:
@@ -305,17 +194,17 @@ class ChatSession:
 
         Raises Glm3KitError if the last answer is no code, or outside of a notebook.
         """
-        cells.insert_cell(self._code())
+        interpreter.insert_cell(self._code())
 
     def stream_cell(self) -> Iterator[str]:
         """Say as observation what the cell of the last answer's code has printed, and yield the reply as `stream`.
 
         Raises Glm3KitError if the last answer is no code, or no cell has been run since.
         """
-        return self.stream(cut(cells.last_run(self._code())), "observation")
+        return self.stream(cut(interpreter.last_run(self._code())), "observation")
 
     def observe_cell(self) -> str | dict[str, Any]:
-        """Say as observation what the cell of the last answer's code has printed; return the reply."""
+        """`stream_cell`, read to its end."""
         return self._whole(self.stream_cell())
 
     def _code(self) -> str:
@@ -324,10 +213,15 @@ class ChatSession:
             raise Glm3KitError(f"the last answer is no code (its message is not named {INTERPRETER!r})")
         return code
 
+    def _whole(self, deltas: Iterator[str]) -> str | dict[str, Any]:
+        for _ in deltas:
+            pass
+        return self.last_reply
+
     def _hold(self, what: str, steps: Iterator[str]) -> Iterator[str]:
-        """Take some steps with the session claimed. The first is taken at once: what is wrong shows here."""
+        """Take some steps while nobody else may. The first is taken at once: what is wrong shows here."""
         def held() -> Iterator[str]:
-            with self._floor.take(what):
+            with self._change(what):
                 try:
                     self.error = self.unsent = None
                     yield from steps
@@ -349,44 +243,42 @@ class ChatSession:
             self.last_reply_ids, self._token_times = [], (0.0, 0.0)
             asked = [*history, message]
             self._pending = asked, ""
-            self._floor.tell()
-            try:
-                yield ""
-                yield from self._generate(asked)
-            except GeneratorExit:  # the reader has left the loop
-                if self.last_reply_ids:
-                    self._append(asked)
-                raise
+            self._tell()
+            yield ""
+            yield from self._generate(asked)
+        except GeneratorExit:  # the reader has left the loop
+            if self.last_reply_ids:
+                self._append(asked)
+            raise
         except Exception:
             self.unsent = message
             raise
         self._append(asked)
 
-    def _answer_calls(self, approve: Callable[[dict[str, Any]], bool] | None, rounds: int,
-                      timeout_s: float) -> Iterator[str]:
+    def _answer_calls(self, approve: Approve | None, rounds: int, timeout_s: float) -> Iterator[str]:
         yield ""
         for _ in range(rounds):
             call = self.pending_call
             if call is None or not self.can_run(call) or (approve is not None and not approve(call)):
                 return
             self.running_tool = call["name"]
-            self._floor.tell()
+            self._tell()
             try:
-                observation = run_call(self.functions, call, timeout_s, lambda: self._floor.stopped)
+                observation = run_call(self.functions, call, timeout_s, self._stop.is_set)
             except InterruptedError:  # by `stop`: the call stays unanswered
                 return
             self.running_tool = None
             yield from self._turn({"role": "observation", "content": observation})
-            if self._floor.stopped:
+            if self.stopped:
                 return
 
-    def _generate(self, asked: list[dict[str, Any]]) -> Iterator[str]:
+    def _generate(self, asked: History) -> Iterator[str]:
         """Yield the reply's text; the whole of it, with its white space and part marks, grows in `_pending`."""
         source, told = iter(self.reply(list(self.last_prompt_ids), **(self.sampling or {}))), 0
         try:
             for said in answer_texts(self.tokenizer, self._until_stop(source)):
                 self._pending = asked, said
-                self._floor.tell()
+                self._tell()
                 shown = said.replace(ASSISTANT, "\n").strip()
                 if len(shown) > told:
                     yield shown[told:]
@@ -404,16 +296,16 @@ class ChatSession:
             self.last_reply_ids.append(token)
             yield token
             used = len(self.last_prompt_ids) + len(self.last_reply_ids)
-            if self._floor.stopped or (self.seq_length is not None and used >= self.seq_length):
+            if self.stopped or (self.seq_length is not None and used >= self.seq_length):
                 return
 
-    def _append(self, asked: list[dict[str, Any]]) -> None:
+    def _append(self, asked: History) -> None:
         assert self._pending is not None
         self.last_reply, history = process_response(self._pending[1], asked)
-        for said in history[len(asked) :]:  # a call's content was encoded by itself in training: this space is none
+        for said in history[len(asked):]:  # a call's content was encoded by itself in training: this space is none
             said["content"] = said["content"].removeprefix(" ")
         with self._state:
             self.history, self._pending = history, None
         self._counted = list(history)
         if self.pending_code is not None:
-            cells.watch()  # from now on, what the user's cells print is kept
+            interpreter.watch()  # from now on, what the user's cells print is kept

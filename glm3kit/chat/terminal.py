@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from glm3kit.chat.session import ROLES, ChatSession
+from glm3kit.chat.session import SPEAKERS, ChatSession
 from glm3kit.chat.transcript import to_markdown
 from glm3kit.errors import Glm3KitError
 from glm3kit.files import atomic_write
@@ -81,7 +81,7 @@ def talk(session: ChatSession, read: Callable[[str], str] = input) -> None:
                 return
             if command == "/clear":
                 session.clear()
-            elif command == "/role" and argument in ROLES:
+            elif command == "/role" and argument in SPEAKERS:
                 role = argument
             elif command == "/system":
                 session.set_system(argument)

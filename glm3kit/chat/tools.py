@@ -1,6 +1,6 @@
 """Tools that a model may call: typed functions, described by signature and docstring, run within limits.
 
-A call comes from a stranger, the model: its arguments are checked against the tool's JSON schema before anything runs,
+A call comes from a stranger, the model: its arguments are checked against the tool's signature before anything runs,
 and whatever goes wrong becomes an observation that says so, for the model to read. Three examples need no network.
 
     session = ChatSession(tokenizer, reply, tools=[calculate, calendar, find_products])
@@ -10,6 +10,7 @@ and whatever goes wrong becomes an observation that says so, for the model to re
 import ast
 import ctypes
 import datetime
+import functools
 import inspect
 import json
 import math
@@ -19,16 +20,15 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, ValidationError, validate_call
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 from pydantic.json_schema import GenerateJsonSchema
 
 from glm3kit.errors import PromptError
-from glm3kit.text.messages import as_text
+from glm3kit.text.tokenizer import as_text
 from glm3kit.tiny import TRAIN
 
 TIMEOUT_S = 10.0
@@ -47,13 +47,15 @@ class _Untitled(GenerateJsonSchema):
 class Tool:
     """A function that a model may call. It is still called as a function from Python.
 
-    parameters: the JSON schema of its arguments.
+    parameters: the JSON schema of its arguments, for the model.
+    arguments: checks them and gives them the annotated types; see `_checked`.
     """
 
     name: str
     description: str
     parameters: dict[str, Any]
     function: Callable[..., Any]
+    arguments: TypeAdapter[dict[str, Any]] = field(repr=False, compare=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -61,10 +63,6 @@ class Tool:
     def to_dict(self) -> dict[str, Any]:
         """What the model is told of it in the system turn, in the form of the published ChatGLM3 demos."""
         return {"name": self.name, "description": self.description, "parameters": self.parameters}
-
-    @cached_property
-    def _checked(self) -> Callable[..., Any]:
-        return validate_call(self.function)  # turns what JSON can hold into the annotated types, such as dates
 
 
 def _documentation(function: Callable[..., Any], names: list[str]) -> tuple[str, dict[str, str]]:
@@ -109,22 +107,46 @@ def tool(function: Callable[..., Any]) -> Tool:
     description, about = _documentation(function, list(signature.parameters))
     if not description:
         raise PromptError(f"{name} has no docstring; the model reads it to know what the tool is for")
+
+    @functools.wraps(function)  # to pydantic it has the signature of the function
+    def given(**arguments: Any) -> dict[str, Any]:
+        return arguments
+
     try:
-        parameters = TypeAdapter(function).json_schema(schema_generator=_Untitled)
+        adapter = TypeAdapter(given)
+        parameters = adapter.json_schema(schema_generator=_Untitled)
     except (PydanticUserError, NameError) as err:
         raise PromptError(f"{name}: an argument's type has no JSON schema: {err}") from err
     for argument, text in about.items():
         parameters["properties"][argument]["description"] = text
-    return Tool(name, description, parameters, function)
+    return Tool(name, description, parameters, function, adapter)
 
 
-def _faults(schema: Mapping[str, Any], parameters: Mapping[str, Any]) -> list[str]:
-    """What is wrong with some arguments, a sentence each."""
-    import jsonschema  # here, before the clock starts: beside some optional packages it takes seconds to import
+class _InvalidArguments(Exception):
+    """Arguments that do not fit the signature of a tool."""
 
-    found = jsonschema.Draft202012Validator(schema).iter_errors(parameters)
-    return [f"{err.json_path.removeprefix('$.')}: {err.message}" if err.path else err.message
-            for err in sorted(found, key=lambda err: err.json_path)]
+
+def _fault(fault: Mapping[str, Any]) -> str:
+    """One of pydantic's findings: which argument, what is expected, what it got."""
+    got = "" if fault["type"] == "missing_argument" else f", got {fault['input']!r:.60}"
+    return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}{got}"
+
+
+def _checked(tool: Tool, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments in the types of the tool's signature, such as dates; _InvalidArguments says all that does not fit.
+
+    As in JSON: "1" is no number, true is none, 1.0 is no integer, and there are no tuples, sets or infinite numbers.
+    """
+    try:
+        text = json.dumps(parameters, allow_nan=False, ensure_ascii=False).encode()
+        if json.loads(text) != parameters:
+            raise ValueError(f"{parameters!r:.80} has a tuple or a key that is no text; use lists and texts")
+    except (TypeError, ValueError, RecursionError) as err:
+        raise _InvalidArguments(f"no JSON: {err}") from err
+    try:
+        return tool.arguments.validate_json(text, strict=True)
+    except ValidationError as err:
+        raise _InvalidArguments("; ".join(map(_fault, err.errors()))) from err
 
 
 def _abandon(thread: threading.Thread) -> None:
@@ -185,19 +207,14 @@ def run_call(tools: Mapping[str, Tool], call: Mapping[str, Any], timeout_s: floa
     if "parameters" not in call:
         return _error(call.get("reason", "no tool call"))
     tool, parameters = tools[name], call["parameters"]
-    faults = _faults(tool.parameters, parameters)
-    if faults:
-        return _error(f"{name}: invalid arguments: {'; '.join(faults)}")
-    checked = tool._checked  # made with the first call, before the clock starts
-    outcome = _run(lambda: checked(**parameters), timeout_s, stopped)
+    outcome = _run(lambda: tool.function(**_checked(tool, parameters)), timeout_s, stopped)
     if outcome is None:
         if stopped():
             raise InterruptedError(f"{name} was stopped")
         return _error(f"{name}: no result within {timeout_s:g} s")
     result, error = outcome
-    if isinstance(error, ValidationError):  # what a schema cannot say, such as the 30th of February
-        return _error(f"{name}: invalid arguments: " + "; ".join(
-            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()))
+    if isinstance(error, _InvalidArguments):
+        return _error(f"{name}: invalid arguments: {error}")
     if error is not None:
         return _error(f"{name}: {type(error).__name__}: {error}")
     try:
@@ -263,9 +280,8 @@ def find_products(words: list[str], limit: Annotated[int, Field(ge=1, le=10)] = 
     words: what each has to have, such as ["裙", "红色"]
     limit: how many at most
     """
-    path = TRAIN  # the rows that come with the kit
     found = []
-    with path.open(encoding="utf-8") as rows:
+    with TRAIN.open(encoding="utf-8") as rows:  # the rows that come with the kit
         for row in map(json.loads, rows):
             if all(word in row["content"] for word in words):
                 found.append({"attributes": row["content"], "text": row["summary"]})

@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from glm3kit.errors import DataError
-from glm3kit.text.messages import as_text
-from glm3kit.text.tokenizer import ROLES, check_text
+from glm3kit.text.tokenizer import ROLES, as_text, check_text
 
 _HEADING = re.compile(rf"^## ({'|'.join(ROLES)})(?: · (.*))?$")
 _TOOLS = "```json tools"
@@ -31,11 +30,12 @@ def to_markdown(history: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for message in history:
         metadata = " ".join((message.get("metadata") or "").splitlines())
+        heading = f"{message['role']} · {metadata}" if metadata else message["role"]
         content = "\n".join(f"\\{line}" if _OURS.match(line) else line
                             for line in as_text(message["content"]).split("\n"))
         if message.get("tools") is not None:
             content = f"{_TOOLS}\n{json.dumps(message['tools'], ensure_ascii=False, indent=2)}\n```\n\n{content}"
-        parts.append(f"## {message['role']}{' · ' * bool(metadata)}{metadata}\n\n{content}\n")
+        parts.append(f"## {heading}\n\n{content}\n")
     return "\n".join(parts)
 
 
@@ -75,7 +75,7 @@ def _read_markdown(text: str) -> list[dict[str, Any]]:
         if lines[:1] == [_TOOLS] and "```" in lines:
             end = lines.index("```")
             message["tools"] = _loads("\n".join(lines[1:end]), "its tools")
-            lines = lines[end + 2 :]
+            lines = lines[end + 2:]
         message["content"] = "\n".join(line[1:] if line.startswith("\\") and _OURS.match(line) else line
                                        for line in lines)
     return messages

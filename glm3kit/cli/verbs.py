@@ -154,7 +154,7 @@ def data(args: argparse.Namespace) -> int:
     config = _config(args)
     files = prepare_data(config)
     if args.report:
-        from glm3kit.data.report import data_report, report_text, write_report
+        from glm3kit.notebook.data_report import data_report, report_text, write_report
 
         parts = data_report(files, config)
         print(report_text(parts))
@@ -264,7 +264,7 @@ def plot(args: argparse.Namespace) -> int:
     """Plot loss, learning rate and speed of a run."""
     from glm3kit.files import atomic_path
     from glm3kit.jobs.metrics import read_metrics
-    from glm3kit.notebook.html import loss_figure
+    from glm3kit.notebook.figures import loss_figure
 
     records = [record for path in args.logs for record in read_metrics(path)]
     with atomic_path(args.output) as temporary:

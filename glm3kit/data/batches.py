@@ -4,6 +4,7 @@
 """
 
 import math
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from glm3kit.data.packing import pack_rows
 from glm3kit.data.token_file import IGNORE_INDEX, TokenFile
 from glm3kit.errors import DataError
 
@@ -35,6 +35,39 @@ def prefetch(draw: Callable[[int], Any], steps: Iterable[int], ahead: int = 2) -
         pool.shutdown(cancel_futures=True)
 
 
+def pack_rows(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
+    """Share rows out among packs of at most `capacity` tokens: the longest first, each where it fits best.
+
+    Best-fit decreasing needs at most 11/9 of the fewest packs possible, and one more (Johnson, 1973).
+    lengths: tokens of each row, none longer than capacity. Returns the row numbers of each pack.
+    Example: pack_rows([3, 5, 2], 5) -> [[1], [0, 2]]
+    """
+    lengths = np.asarray(lengths)
+    assert lengths.max(initial=0) <= capacity
+    packs: list[list[int]] = []
+    rooms: list[int] = []  # free tokens of packs, each number once, rising
+    packs_with: dict[int, list[int]] = {}  # free tokens -> packs
+    for row in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[row])
+        at = bisect_left(rooms, length)
+        if at == len(rooms):
+            room, pack = capacity, len(packs)
+            packs.append([])
+        else:
+            room = rooms[at]
+            pack = packs_with[room].pop()
+            if not packs_with[room]:
+                del rooms[at]
+        packs[pack].append(row)
+        room -= length
+        if room:
+            holders = packs_with.setdefault(room, [])
+            if not holders:
+                insort(rooms, room)
+            holders.append(pack)
+    return packs
+
+
 class Batches:
     """Batches of a token file: (input_ids, labels), int32 (batch_size, length), padded with pad_id and -100.
 
@@ -53,11 +86,9 @@ class Batches:
     Example: 10 rows, batch_size 2, 2 ranks -> 2 steps an epoch; with drop_last=False 3.
     """
 
-    def __init__(
-        self, tokens: TokenFile, batch_size: int, seq_length: int, *, seed: int = 0, rank: int = 0, ranks: int = 1,
-        epochs: int = 1, shuffle: bool = True, drop_last: bool = True, start_step: int = 0, pad_id: int = 0,
-        bucket_lengths: Sequence[int] = (), packing: bool = False
-    ):
+    def __init__(self, tokens: TokenFile, batch_size: int, seq_length: int, *, seed: int = 0, rank: int = 0,
+                 ranks: int = 1, epochs: int = 1, shuffle: bool = True, drop_last: bool = True, start_step: int = 0,
+                 pad_id: int = 0, bucket_lengths: Sequence[int] = (), packing: bool = False):
         assert 0 <= rank < ranks and batch_size > 0
         if tokens.longest > seq_length:
             raise DataError(
@@ -68,7 +99,8 @@ class Batches:
         # Tokens of what stands in one row of a batch.
         self.sizes = np.array([tokens.lengths[pack].sum() for pack in self.packs]) if self.packs else tokens.lengths
         self.global_batch = batch_size * ranks  # rows
-        self.steps_per_epoch = (math.floor if drop_last else math.ceil)(len(self.sizes) / self.global_batch)
+        steps = len(self.sizes) / self.global_batch
+        self.steps_per_epoch = math.floor(steps) if drop_last else math.ceil(steps)
         if not self.steps_per_epoch:
             kind = "packed rows" if packing else "rows"
             raise DataError(
@@ -97,18 +129,17 @@ class Batches:
             rows = len(self.sizes)
             order = np.random.default_rng([self.seed, epoch]).permutation(rows) if self.shuffle else np.arange(rows)
             self._order_of = epoch, order
-            return order
         return self._order_of[1]
 
     def batch(self, step: int) -> tuple[np.ndarray, ...]:
         """The batch of this rank at a step from 0: input_ids, labels and, if packed, segment_ids."""
         first = (step % self.steps_per_epoch) * self.global_batch
-        drawn = self._order(self.epoch_of(step))[first : first + self.global_batch]  # by all ranks
+        drawn = self._order(self.epoch_of(step))[first:first + self.global_batch]  # by all ranks
         length = self.lengths[np.searchsorted(self.lengths, self.sizes[drawn].max())]
         shape = self.batch_size, length
         input_ids = np.full(shape, self.pad_id, np.int32)
         labels, segment_ids = np.full(shape, IGNORE_INDEX, np.int32), np.zeros(shape, np.int32)
-        for i, number in enumerate(drawn[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]):
+        for i, number in enumerate(drawn[self.rank * self.batch_size:(self.rank + 1) * self.batch_size]):
             start = 0
             for segment, row in enumerate(self.packs[number] if self.packs else [int(number)], 1):
                 ids, row_labels = self.tokens[row]

@@ -18,16 +18,13 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from glm3kit.config.groups import DataConfig, RunConfig
-from glm3kit.data.batches import Batches
-from glm3kit.data.rows import ENCODINGS, file_encoding, is_adgen, open_data, read_items, read_rows, refuse, row_texts
+from glm3kit.data.rows import ENCODINGS, file_encoding, is_adgen, open_data, read_items, refuse, row_texts
 from glm3kit.data.token_file import (
     ADGEN,
     CONVERSATION,
     FORMAT,
-    IGNORE_INDEX,
     EncodedRows,
     TokenFile,
-    has_digest,
     pad_row,
     shift_labels,
     write_token_file,
@@ -35,9 +32,6 @@ from glm3kit.data.token_file import (
 from glm3kit.errors import ConfigError, DataError, PromptError
 from glm3kit.text.messages import conversation_ids
 from glm3kit.text.tokenizer import ChatGLM3Tokenizer
-
-__all__ = ["IGNORE_INDEX", "Batches", "TokenFile", "encode_adgen", "encode_conversation", "encode_files",
-           "prepare_data", "read_rows"]
 
 ROWS_AT_ONCE = 512  # rows handed to SentencePiece's threads together
 BATCHES_AHEAD = 4  # handed to it before the ids of the first are needed
@@ -50,13 +44,13 @@ Encoded = tuple[list[np.ndarray], bytes]  # ids of a row, in pieces, and for eac
 class _Join:
     """Puts an ADGEN row together from its texts' ids: `[gMASK] sop` and source, target, eos; the texts are cut."""
 
-    def __init__(self, tok: ChatGLM3Tokenizer, max_source_length: int, max_target_length: int):
-        self.prefix = np.array(tok.prefix_ids[:max_source_length], np.int32)
-        self.eos = np.array([tok.eos_id], np.int32)
+    def __init__(self, tokenizer: ChatGLM3Tokenizer, max_source_length: int, max_target_length: int):
+        self.prefix = np.array(tokenizer.prefix_ids[:max_source_length], np.int32)
+        self.eos = np.array([tokenizer.eos_id], np.int32)
         self.limits = max_source_length - len(self.prefix), max_target_length
 
     def __call__(self, source: np.ndarray, target: np.ndarray) -> Encoded:
-        source, target = source[: self.limits[0]], target[: self.limits[1]]
+        source, target = source[:self.limits[0]], target[:self.limits[1]]
         # The last id of the source predicts the target's first one, the target's last one predicts eos.
         mask = bytes(len(self.prefix) + len(source) - 1) + b"\1" * (len(target) + 1) + b"\0"
         return [self.prefix, source, target, self.eos], mask
@@ -65,7 +59,7 @@ class _Join:
 def _cut(ids: list[int], mask: list[int], seq_length: int) -> Encoded:
     """A conversation cut to the window."""
     if len(ids) > seq_length:
-        ids, mask = ids[:seq_length], [*mask[: seq_length - 1], 0]  # what the last one predicts is cut off
+        ids, mask = ids[:seq_length], [*mask[:seq_length - 1], 0]  # what the last one predicts is cut off
     return [np.array(ids, np.int32)], bytes(mask)
 
 
@@ -74,33 +68,31 @@ def _padded(row: Encoded, seq_length: int, pad_id: int) -> tuple[np.ndarray, np.
     return pad_row(ids, shift_labels(ids, mask), seq_length, pad_id)
 
 
-def encode_adgen(
-    row: Mapping[str, Any], tok: ChatGLM3Tokenizer, max_source_length: int, max_target_length: int,
-    origin_columns: tuple[str, str] = ("content", "summary")
-) -> tuple[np.ndarray, np.ndarray]:
+def encode_adgen(row: Mapping[str, Any], tokenizer: ChatGLM3Tokenizer, max_source_length: int, max_target_length: int,
+                 origin_columns: tuple[str, str] = ("content", "summary")) -> tuple[np.ndarray, np.ndarray]:
     """Encode a row of a source and a target text as MindFormers does.
 
     Returns input_ids and labels, int32 (max_source_length + max_target_length + 1,): source, target, eos, padding; the
     labels are shifted by one and -100 outside of target and eos. max_source_length includes `[gMASK] sop`.
     Raises DataError for a column that is missing, blank or no text.
-    Example: encode_adgen({"content": "类型#裙", "summary": "好看的裙子"}, tok, 64, 127)
+    Example: encode_adgen({"content": "类型#裙", "summary": "好看的裙子"}, tokenizer, 64, 127)
     """
-    source, target = tok.encode_batch(row_texts(row, origin_columns))
-    encoded = _Join(tok, max_source_length, max_target_length)(source, target)
-    return _padded(encoded, max_source_length + max_target_length + 1, tok.pad_id)
+    source, target = tokenizer.encode_batch(row_texts(row, origin_columns))
+    encoded = _Join(tokenizer, max_source_length, max_target_length)(source, target)
+    return _padded(encoded, max_source_length + max_target_length + 1, tokenizer.pad_id)
 
 
-def encode_conversation(
-    record: Mapping[str, Any], tok: ChatGLM3Tokenizer, max_seq_length: int, tools_indent: int | None = 4
-) -> tuple[np.ndarray, np.ndarray]:
+def encode_conversation(record: Mapping[str, Any], tokenizer: ChatGLM3Tokenizer, max_seq_length: int,
+                        tools_indent: int | None = 4) -> tuple[np.ndarray, np.ndarray]:
     """Encode a conversation: the answers' predictions count in the loss, up to max_seq_length tokens.
 
-    record: see `prompt.conversation_messages`. tools_indent: 4 as in the chat prompt, None as in MindFormers.
+    record: see `messages.conversation_messages`. tools_indent: 4 as in the chat prompt, None as in MindFormers.
     Returns input_ids and labels, int32 (max_seq_length,), labels shifted by one; all are -100 if no answer begins in
     the first max_seq_length tokens.
     Raises PromptError for a malformed record.
     """
-    return _padded(_cut(*conversation_ids(record, tok, tools_indent), max_seq_length), max_seq_length, tok.pad_id)
+    encoded = _cut(*conversation_ids(record, tokenizer, tools_indent), max_seq_length)
+    return _padded(encoded, max_seq_length, tokenizer.pad_id)
 
 
 def _spread(lengths: Counter[int]) -> dict[str, float]:
@@ -112,21 +104,37 @@ def _spread(lengths: Counter[int]) -> dict[str, float]:
 
 
 class _Encoding:
-    """The encoding of some files: batches of encoded rows, and the report that fills up while they are drawn."""
+    """The encoding of some files: batches of encoded rows, and the report that fills up while they are drawn.
 
-    def __init__(self, paths: list[Path], tok: ChatGLM3Tokenizer, data: DataConfig, seq_length: int):
-        self.paths, self.tok, self.data, self.seq_length = paths, tok, data, seq_length
-        self.join = _Join(tok, data.max_source_length, data.max_target_length)
-        self.lengths: dict[str, Counter[int]] = {  # before cutting
-            "source": Counter(), "target": Counter(), "conversation": Counter()}
+    digest: SHA-256 of everything that the encoded rows depend on.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], tokenizer: ChatGLM3Tokenizer, data: DataConfig, seq_length: int):
+        self.paths, self.tokenizer, self.data = [Path(path) for path in paths], tokenizer, data
+        self.seq_length = seq_length
+        self.digest = self._digest()
+        self.join = _Join(tokenizer, data.max_source_length, data.max_target_length)
+        self.lengths = {name: Counter[int]() for name in ("source", "target", "conversation")}  # before cutting
         self.report: dict[str, Any] = {
             "files": [], "seq_length": seq_length, "rows_read": 0, "rows_kept": 0, "rows_skipped": 0, "skipped": [],
             "adgen_rows": 0, "conversations": 0, "cut_sources": 0, "cut_answers": 0, "cut_conversations": 0,
             "tokens": 0, "answer_tokens": 0}
 
+    def _digest(self) -> str:
+        contents = []
+        for path in self.paths:
+            digest = hashlib.sha256()
+            with open_data(path) as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            contents.append(digest.hexdigest())
+        settings = {"format": FORMAT, "files": contents, "tokenizer": self.tokenizer.digest,
+                    "seq_length": self.seq_length} | self.data.model_dump(mode="json", include=SETTINGS)
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
     def _conversation(self, item: Mapping[str, Any]) -> tuple[Encoded, int, int]:
         """A conversation encoded and cut, and how many of its tokens do not and do carry loss before cutting."""
-        ids, mask = conversation_ids(item, self.tok, self.data.tools_indent)
+        ids, mask = conversation_ids(item, self.tokenizer, self.data.tools_indent)
         answers = sum(mask)
         encoded = _cut(ids, mask, self.seq_length)
         if not answers:
@@ -188,7 +196,7 @@ class _Encoding:
     def _join_rows(self, rows: list[tuple[int, int, Any]], encoding: Future) -> EncodedRows:
         """Rows of a batch one after the other."""
         ids, masks, origins = [], [], []
-        texts, opening = iter(encoding.result()), len(self.tok.prefix_ids)
+        texts, opening = iter(encoding.result()), len(self.tokenizer.prefix_ids)
         for file, line, row in rows:
             if isinstance(row, list):
                 source_ids, target_ids = next(texts), next(texts)
@@ -196,7 +204,8 @@ class _Encoding:
                 origins.append((file, line, ADGEN, opening + len(source_ids), len(target_ids)))
             else:
                 (row_ids, mask), source, target = row
-                self.report["cut_answers"] += mask.count(1) < target
+                if mask.count(1) < target:
+                    self.report["cut_answers"] += 1
                 origins.append((file, line, CONVERSATION, source, target))
             ids += row_ids
             masks.append(mask)
@@ -206,13 +215,13 @@ class _Encoding:
         self.report["answer_tokens"] += int(mask.sum())
         return EncodedRows(np.concatenate(ids), mask, [len(mask) for mask in masks], origins)
 
-    def batches(self, progress: bool) -> Iterator[EncodedRows]:
+    def _batches(self, progress: bool) -> Iterator[EncodedRows]:
         """Encode the files batch by batch; the report is complete when all are drawn."""
         waiting: deque[tuple[list, Future]] = deque()
         with ThreadPoolExecutor(1) as pool:  # SentencePiece works on the next rows while Python joins the last ones
             for rows in self._rows(progress):
                 texts = [text for _, _, row in rows if isinstance(row, list) for text in row]
-                waiting.append((rows, pool.submit(self.tok.encode_batch, texts)))
+                waiting.append((rows, pool.submit(self.tokenizer.encode_batch, texts)))
                 if len(waiting) > BATCHES_AHEAD:
                     yield self._join_rows(*waiting.popleft())
             while waiting:
@@ -220,34 +229,13 @@ class _Encoding:
         self.report["rows_skipped"] = len(self.report["skipped"])
         self.report["lengths"] = {name: _spread(lengths) for name, lengths in self.lengths.items() if lengths}
 
-
-def _digest(paths: list[Path], tok: ChatGLM3Tokenizer, data: DataConfig, seq_length: int) -> str:
-    """SHA-256 of everything that encoded rows depend on."""
-    contents = []
-    for path in paths:
-        digest = hashlib.sha256()
-        with open_data(path) as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        contents.append(digest.hexdigest())
-    settings = data.model_dump(mode="json", include=SETTINGS)
-    all_ = {"format": FORMAT, "files": contents, "tokenizer": tok.digest, "seq_length": seq_length, **settings}
-    return hashlib.sha256(json.dumps(all_, sort_keys=True).encode()).hexdigest()
+    def token_file(self, destination: Path, progress: bool) -> TokenFile:
+        """The token file at `destination`, written unless it is there with this digest."""
+        return write_token_file(destination, self.digest, self._batches(progress), self.report)
 
 
-def _encode(digest: str, paths: list[Path], tok: ChatGLM3Tokenizer, data: DataConfig, seq_length: int,
-            destination: Path, progress: bool) -> TokenFile:
-    """The token file at `destination`, encoded unless it is there with this digest."""
-    if has_digest(destination, digest):
-        return TokenFile.open(destination)
-    encoding = _Encoding(paths, tok, data, seq_length)
-    return write_token_file(destination, digest, encoding.batches(progress), encoding.report)
-
-
-def encode_files(
-    paths: Sequence[str | Path], tok: ChatGLM3Tokenizer, data: DataConfig, seq_length: int, destination: str | Path,
-    progress: bool = True
-) -> TokenFile:
+def encode_files(paths: Sequence[str | Path], tokenizer: ChatGLM3Tokenizer, data: DataConfig, seq_length: int,
+                 destination: str | Path, progress: bool = True) -> TokenFile:
     """Encode data files into one token file at `destination`, or use the one there if nothing has changed.
 
     data: columns, lengths and what to do with bad rows; its own paths do not matter here.
@@ -259,9 +247,7 @@ def encode_files(
     column, a malformed conversation, or one without an answer in its first seq_length tokens; with data.skip_bad such
     rows are skipped and counted.
     """
-    paths = [Path(path) for path in paths]
-    digest = _digest(paths, tok, data, seq_length)
-    return _encode(digest, paths, tok, data, seq_length, Path(destination), progress)
+    return _Encoding(paths, tokenizer, data, seq_length).token_file(Path(destination), progress)
 
 
 def prepare_data(config: RunConfig, progress: bool = True) -> dict[str, TokenFile]:
@@ -275,11 +261,11 @@ def prepare_data(config: RunConfig, progress: bool = True) -> dict[str, TokenFil
     named = {"train": config.data.train_path, "eval": config.data.eval_path}
     if not any(named.values()):
         raise DataError("data.train_path and data.eval_path name no files; give one, or a list of files, to encode")
-    tok, seq_length = ChatGLM3Tokenizer(config.model.tokenizer_path), config.model.seq_length
+    tokenizer = ChatGLM3Tokenizer(config.model.tokenizer_path)
     token_files = {}
-    for name, names in named.items():
-        if paths := [Path(path) for path in names]:
-            digest = _digest(paths, tok, config.data, seq_length)
-            folder = Path(config.output_dir) / "tokens" / f"{name}-{digest[:12]}"
-            token_files[name] = _encode(digest, paths, tok, config.data, seq_length, folder, progress)
+    for name, paths in named.items():
+        if paths:
+            encoding = _Encoding(paths, tokenizer, config.data, config.model.seq_length)
+            folder = Path(config.output_dir) / "tokens" / f"{name}-{encoding.digest[:12]}"
+            token_files[name] = encoding.token_file(folder, progress)
     return token_files

@@ -4,15 +4,11 @@
     MindDataset("output/mindrecord/train-0123456789ab/train.mindrecord", ["input_ids", "labels"])
 """
 
-import os
-import shutil
 from itertools import islice
 from pathlib import Path
 
-from mindspore.mindrecord import FileWriter
-
 from glm3kit.data.token_file import TokenFile, pad_row
-from glm3kit.files import sync
+from glm3kit.files import atomic_folder
 
 ROWS_AT_ONCE = 1000
 
@@ -23,15 +19,12 @@ def write_mindrecord(tokens: TokenFile, path: str | Path, seq_length: int, pad_i
     path: ends with .mindrecord, in a folder that is made for it and its index. If the folder is there, all of it is
         already written, for it gets its name last.
     """
+    from mindspore.mindrecord import FileWriter  # here: no other form of the data needs MindSpore, which takes seconds
+
     path = Path(path)
-    folder = path.parent
-    if folder.exists():
+    if path.parent.exists():
         return path
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with atomic_folder(path.parent) as temporary:
         writer = FileWriter(str(temporary / path.name))
         column = {"type": "int32", "shape": [seq_length]}
         writer.add_schema({"input_ids": column, "labels": column}, "rows of a token file")
@@ -39,10 +32,4 @@ def write_mindrecord(tokens: TokenFile, path: str | Path, seq_length: int, pad_i
         while some := list(islice(rows, ROWS_AT_ONCE)):
             writer.write_raw_data([{"input_ids": ids, "labels": labels} for ids, labels in some])
         writer.commit()
-        for file in temporary.iterdir():
-            sync(file)
-        os.rename(temporary, folder)
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return path

@@ -1,7 +1,7 @@
 """The rows of data files: JSON lines or one JSON array, in UTF-8 or GBK, each with its line, each checked.
 
 Rows are of two kinds, also mixed in one file: ADGEN's (a source and a target text, in columns of any name) and
-conversations (`prompt.conversation_messages`). An error's text up to its first colon is the reason that rows are
+conversations (`messages.conversation_messages`). An error's text up to its first colon is the reason that rows are
 counted by; what follows is of that row alone.
 
     for row in read_rows(["train.json"], DataConfig()): print(row)
@@ -103,7 +103,7 @@ class _Window:
         """Read on and let go of what lies before the position; False at the end of the file."""
         self._line += self.text.count("\n", 0, self.position)
         block = self.file.read(max(_BLOCK, len(self.text) - self.position))  # twice as much for an item that is long
-        self.text, self.position = self.text[self.position :] + block, 0
+        self.text, self.position = self.text[self.position:] + block, 0
         return bool(block)
 
     def next_letter(self) -> str:
@@ -111,7 +111,7 @@ class _Window:
         while True:
             self.position = _SPACE.match(self.text, self.position).end()
             if self.position < len(self.text) or not self.more():
-                return self.text[self.position : self.position + 1]
+                return self.text[self.position:self.position + 1]
 
     @property
     def line(self) -> int:
@@ -141,10 +141,11 @@ def _read_array(window: _Window, path: Path) -> Iterator[Item]:
         window.position = end
         mark = window.next_letter()
         if mark not in (",", "]"):
-            found = window.text[window.position : window.position + 20]
+            found = window.text[window.position:window.position + 20]
             raise DataError(f"{path}:{window.line}: expected ',' or ']' after a row of the array, got {found!r}; "
                             "correct the file")
-        window.position += mark == ","
+        if mark == ",":
+            window.position += 1
     window.position += 1
     if window.next_letter():
         raise DataError(f"{path}:{window.line}: there is more after the end of the JSON array; put all rows into it")
@@ -167,7 +168,7 @@ def _read_line(line: bytes, encoding: str) -> Any:
 
 
 def read_items(path: str | Path, encoding: str) -> Iterator[Item]:
-    """What stands in a file of JSON lines or of one JSON array, in `encoding`, a piece of the file at a time.
+    """What stands in a file of JSON lines or of one JSON array, in `encoding`, a block of the file at a time.
 
     Yields (line, size, item). size: bytes, or characters of an array. item: a DataError for a line that is no JSON.
     Raises DataError with file and line if the syntax of an array is broken.

@@ -9,8 +9,6 @@ digest and report. Rows are stored as long as they are and are padded when a bat
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from glm3kit.errors import DataError
-from glm3kit.files import atomic_write, sync
+from glm3kit.files import atomic_folder, atomic_write
 
 FORMAT = 2
 IGNORE_INDEX = -100  # a label that does not count in the loss
@@ -117,57 +115,47 @@ def has_digest(folder: Path, digest: str) -> bool:
         return False
 
 
-def _publish(temporary: Path, destination: Path, digest: str) -> None:
-    """Give a finished folder its name; what stood there before is moved aside until then."""
-    old = temporary.with_suffix(".old")
-    if destination.exists() and not has_digest(destination, digest):
-        os.rename(destination, old)
-    try:
-        os.rename(temporary, destination)
-    except OSError:
-        if not has_digest(destination, digest):  # else another process has finished the same work first
-            raise
-    sync(destination.parent)
-    shutil.rmtree(old, ignore_errors=True)
+def _write_rows(folder: Path, batches: Iterable[EncodedRows]) -> int:
+    """Write the arrays of some rows into `folder`; return how many ids they have."""
+    end = 0
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in _TYPES}
+
+        def write(name: str, values: Any) -> None:
+            files[name].write(np.asarray(values, _TYPES[name]).tobytes())
+
+        write("offsets", [0])
+        for ids, mask, lengths, origins in batches:
+            write("ids", ids)
+            write("labels", shift_labels(ids, mask))
+            write("origins", origins)
+            ends = end + np.cumsum(lengths)
+            write("offsets", ends)
+            end = int(ends[-1])
+    return end
 
 
-def write_token_file(
-    destination: str | Path, digest: str, batches: Iterable[EncodedRows], report: dict[str, Any]
-) -> TokenFile:
-    """Write a token file whole or not at all, and open it; memory holds one batch at a time.
+def write_token_file(destination: str | Path, digest: str, batches: Iterable[EncodedRows],
+                     report: dict[str, Any]) -> TokenFile:
+    """Open the token file at `destination`, written first unless it is there with this digest.
 
+    It is written whole or not at all; memory holds one batch at a time.
     report: stored at the end, so that drawing the batches may fill it.
     Raises DataError if there are no rows.
     """
     destination = Path(destination)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    if has_digest(destination, digest):
+        return TokenFile.open(destination)
     try:
-        end = 0
-        with ExitStack() as stack:
-            files = {name: stack.enter_context(open(temporary / f"{name}.bin", "wb")) for name in _TYPES}
-
-            def write(name: str, values: Any) -> None:
-                files[name].write(np.asarray(values, _TYPES[name]).tobytes())
-
-            write("offsets", [0])
-            for ids, mask, lengths, origins in batches:
-                write("ids", ids)
-                write("labels", shift_labels(ids, mask))
-                write("origins", origins)
-                ends = end + np.cumsum(lengths)
-                write("offsets", ends)
-                end = ends[-1]
-        if not end:
-            raise DataError(f"no row to encode for {destination}: {report.get('rows_read', 0)} rows were read, none of "
-                            "them usable; check the data files")
-        for name in _TYPES:
-            sync(temporary / f"{name}.bin")
-        header = {"format": FORMAT, "digest": digest, "report": report}
-        atomic_write(temporary / "tokens.json", json.dumps(header, ensure_ascii=False, indent=1))
-        _publish(temporary, destination, digest)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with atomic_folder(destination) as temporary:
+            if not _write_rows(temporary, batches):
+                raise DataError(f"no row to encode for {destination}: {report.get('rows_read', 0)} rows were read, "
+                                "none of them usable; check the data files")
+            header = {"format": FORMAT, "digest": digest, "report": report}
+            atomic_write(temporary / "tokens.json", json.dumps(header, ensure_ascii=False, indent=1))
+            if has_digest(destination, digest):  # whoever reads it shall not miss it for a moment
+                raise FileExistsError(destination)
+    except OSError:
+        if not has_digest(destination, digest):  # else another process has finished the same work first
+            raise
     return TokenFile.open(destination)

@@ -96,7 +96,8 @@ def format_tool_alpaca(source: str | Path, destination: str | Path) -> dict[str,
                     continue
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 report["written"] += 1
-                report["without_tool_call"] += all(turn["role"] != "tool" for turn in row["conversations"])
+                if all(turn["role"] != "tool" for turn in row["conversations"]):
+                    report["without_tool_call"] += 1
         if not report["written"]:
             raise DataError(f"{source}: none of {report['instances']} instances can be used")
     return report

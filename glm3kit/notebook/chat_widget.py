@@ -21,12 +21,12 @@ import anywidget
 import traitlets
 from pydantic import ValidationError
 
-from glm3kit.chat import interpreter as cells
-from glm3kit.chat import transcript
+from glm3kit.chat import interpreter, transcript
 from glm3kit.chat.session import ChatSession
 from glm3kit.config.groups import GenerateConfig
 from glm3kit.errors import ConfigError, Glm3KitError, PromptError
-from glm3kit.text.messages import answer_content, as_text, has_tools
+from glm3kit.text.answers import answer_content, has_tools
+from glm3kit.text.tokenizer import as_text
 
 REFRESH_S = 0.05  # between two drawings of a growing reply
 HERE = Path(__file__).parent
@@ -157,46 +157,38 @@ class ChatWidget(anywidget.AnyWidget):
 
     def do(self, action: str, **arguments: Any) -> None:
         """Do what the page asks for; if the session refuses, `note` says why. Raises KeyError for an unknown action."""
+        session = self.session
         actions: dict[str, Callable[..., Any]] = {
-            "send": self._say, "regenerate": self._regenerate, "rewrite": self.session.rewrite,
-            "stop": self.session.stop, "undo": self._undo, "clear": self.session.clear,
-            "set_system": self.session.set_system, "set_sampling": self._set_sampling,
-            "set_ask_first": self._set_ask_first, "run_tool": self._run_tool, "observe_cell": self._observe_cell,
-            "watch_cells": cells.watch, "save": self._save, "load": self.session.load,
-        }
+            "send": self._speaking(session.stream), "regenerate": self._speaking(session.stream_again),
+            "run_tool": self._speaking(lambda: session.stream_tools(rounds=1)),
+            "observe_cell": self._speaking(session.stream_cell), "watch_cells": interpreter.watch, "stop": session.stop,
+            "rewrite": session.rewrite, "undo": self._undo, "clear": session.clear, "set_system": session.set_system,
+            "set_sampling": self._set_sampling, "set_ask_first": self._set_ask_first, "save": self._save,
+            "load": session.load}
         self.note = ""
         try:
             actions[action](**arguments)
         except Glm3KitError as err:
-            if err is not self.session.error:  # that one is shown in the conversation
+            if err is not session.error:  # that one is shown in the conversation
                 self.note = str(err)
 
-    def _speak(self, deltas: Iterator[str]) -> None:
-        """Read a reply to its end in a thread; then run the tools that it calls, unless a person says so first."""
-        def speak() -> None:
+    def _speaking(self, stream: Callable[..., Iterator[str]]) -> Callable[..., None]:
+        """An action that begins a reply and reads it to its end in a thread; then it runs the tools that are called.
+
+        Where a person is asked first, the tools wait for that.
+        """
+        def speak(deltas: Iterator[str]) -> None:
             try:
                 for _ in deltas:
                     pass
                 if not (self.session.ask_first or self.session.stopped):
-                    for _ in self.session.stream_tools():
-                        pass
+                    self.session.run_tools()
             except Exception as err:  # whatever a model may raise; the session has kept it, to be shown in the chat
                 if err is not self.session.error:
                     self.note = f"{type(err).__name__}: {err}"
 
-        threading.Thread(target=speak, name="glm3kit chat", daemon=True).start()
-
-    def _say(self, text: str, role: str, at: int | None = None) -> None:
-        self._speak(self.session.stream(text, role, at))
-
-    def _regenerate(self) -> None:
-        self._speak(self.session.stream_again())
-
-    def _run_tool(self) -> None:
-        self._speak(self.session.stream_tools(rounds=1))
-
-    def _observe_cell(self) -> None:
-        self._speak(self.session.stream_cell())
+        return lambda **said: threading.Thread(target=speak, args=(stream(**said),), name="glm3kit chat",
+                                               daemon=True).start()
 
     def _undo(self) -> None:
         taken = self.session.undo()

@@ -12,6 +12,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from string import Template
 
 import nbformat
 from nbclient import NotebookClient
@@ -26,40 +27,7 @@ from glm3kit.files import atomic_write
 ROOT = Path(__file__).resolve().parent.parent.parent
 CELL_TIMEOUT_S = 900
 
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>glm3kit demo</title>
-<style>
-body {{ font: 16px/1.6 system-ui, "Noto Sans CJK SC", sans-serif; max-width: 46rem; margin: 3rem auto; padding: 0 1rem;
-       color: #1c2733; background: #fbfcfd; }}
-h1 {{ margin-bottom: 0; }}
-h2 {{ margin-top: 2.5rem; font-size: 1.2rem; }}
-.note {{ color: #5b6b7b; margin-top: .2rem; }}
-table {{ border-collapse: collapse; width: 100%; background: #fff; }}
-td {{ border: 1px solid #dde4ea; padding: .5rem .8rem; }}
-td.number {{ text-align: right; white-space: nowrap; color: #5b6b7b; }}
-a {{ color: #0b63b6; }}
-img {{ max-width: 100%; border: 1px solid #dde4ea; background: #fff; }}
-</style>
-</head>
-<body>
-<h1>glm3kit demo</h1>
-<p class="note">From random weights to a conversation with a tiny ChatGLM3: {minutes} minutes on this machine.<br>
-从随机权重到与小型 ChatGLM3 对话：本机用时 {minutes} 分钟。</p>
-<h2>The notebooks · 笔记本</h2>
-<table>
-{notebooks}
-</table>
-{picture}<h2>What they made · 产出文件</h2>
-<table>
-{files}
-</table>
-</body>
-</html>
-"""
+PAGE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
 
 
 def _title(notebook: NotebookNode, name: str) -> str:
@@ -129,7 +97,8 @@ def _index(output: Path, notebooks: dict[str, tuple[str, float]], minutes: float
     picture = ""
     if (output / "loss.png").exists():
         picture = '<h2>The loss · 损失曲线</h2>\n<a href="loss.png"><img src="loss.png" alt="loss of every step"></a>\n'
-    return PAGE.format(minutes=f"{minutes:.1f}", notebooks="\n".join(pages), picture=picture, files="\n".join(files))
+    return PAGE.substitute(minutes=f"{minutes:.1f}", notebooks="\n".join(pages), picture=picture,
+                           files="\n".join(files))
 
 
 def run_demo(notebooks: Path = ROOT / "notebooks", output: Path = ROOT / "output" / "demo") -> Path:

@@ -1,26 +1,19 @@
-"""What the notebooks show: the curves of a run as a figure; tokens, tables and the workflow as HTML.
+"""What the notebooks show beside figures: tokens, tables and the workflow, as HTML and as text.
 
-Figures use Matplotlib's objects directly: no pyplot, so no global state, no backend, no screen. HTML takes the colours
-of JupyterLab's theme where there is one; every text in it is escaped.
+HTML takes the colours of JupyterLab's theme where there is one; every text in it is escaped.
 
-    loss_figure(read_metrics("output/tiny")).savefig("loss.png")
+    table([{"name": "a.weight", "MB": 0.5}, {"name": "b.weight", "MB": 12.25}], caption="weights")
 """
 
-import io
-import math
-import statistics
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import Any, Protocol
-
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from pathlib import Path
+from typing import Any
 
 from glm3kit.data.token_file import IGNORE_INDEX
 from glm3kit.errors import DataError
+from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 
 NOTEBOOKS = (
     ("01_setup_check", "Check the setup", "环境检查"),
@@ -33,33 +26,7 @@ NOTEBOOKS = (
 )
 # JupyterLab's variables follow its light and dark themes; the values behind the commas are for other viewers. A doubled
 # class outweighs JupyterLab's own rules for tables and lists.
-STYLE = """<style>
-.glm3kit-tokens, .glm3kit-strip { font-family: var(--jp-ui-font-family, system-ui), "Noto Sans CJK SC", sans-serif; }
-.glm3kit-tokens { line-height: 2.1; max-width: 62em; }
-.glm3kit-tokens .glm3kit-token { display: inline-block; line-height: 1.5; padding: 0 .35em; margin-right: .2em;
-  border: 1px solid var(--jp-border-color2, #c4c4c4); border-radius: .3em; color: inherit; background: none; }
-.glm3kit-tokens mark.glm3kit-token { color: #1b1b1b; background: #ffd666; border-color: #b88600; }
-.glm3kit-table.glm3kit-table { border-collapse: collapse; color: inherit; font: inherit; }
-.glm3kit-table.glm3kit-table caption { text-align: left; font-weight: 600; padding: .3em 0; color: inherit; }
-.glm3kit-table.glm3kit-table :is(th, td) { text-align: left; vertical-align: top; padding: .25em .8em;
-  white-space: pre-wrap; overflow-wrap: break-word; border-bottom: 1px solid var(--jp-border-color2, #c4c4c4); }
-.glm3kit-table.glm3kit-table .glm3kit-number { text-align: right; white-space: nowrap;
-  font-variant-numeric: tabular-nums; }
-.glm3kit-strip.glm3kit-strip ol { display: flex; flex-wrap: wrap; gap: .5em; margin: .3em 0; padding: 0;
-  list-style: none; }
-.glm3kit-strip li { padding: .35em .8em; border: 1px solid var(--jp-border-color2, #c4c4c4); border-radius: .5em;
-  line-height: 1.35; margin: 0; }
-.glm3kit-strip li[aria-current] { border: 2px solid var(--jp-brand-color1, #1976d2); font-weight: 600; }
-.glm3kit-strip small { display: block; opacity: .75; font-weight: 400; }
-</style>"""
-
-
-class Pieces(Protocol):
-    """What a token table needs of a tokenizer."""
-
-    pad_id: int
-
-    def piece(self, id_: int) -> str: ...
+STYLE = f"<style>\n{Path(__file__).with_suffix('.css').read_text(encoding='utf-8')}</style>"
 
 
 class Html:
@@ -75,140 +42,7 @@ class Html:
         return self.text
 
 
-class NotebookFigure(Figure):
-    """A figure that a notebook shows without pyplot."""
-
-    def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png")
-        return buffer.getvalue()
-
-
-def smooth(values: Iterable[float], weight: float) -> list[float]:
-    """Exponential moving average, corrected for its start as Adam's moments are (https://arxiv.org/abs/1412.6980).
-
-    weight: of the past, 0 to 1. What is not finite leaves the average as it was.
-    Example: smooth([4.0, 2.0], 0.5) -> [4.0, 2.6667]: (0.25 * 4 + 0.5 * 2) / 0.75
-    """
-    average, total, result = 0.0, 0.0, []
-    for value in values:
-        if math.isfinite(value):
-            average = weight * average + (1 - weight) * value
-            total = weight * total + (1 - weight)
-        result.append(average / total if total else math.nan)
-    return result
-
-
-def _curve(records: Iterable[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a key, in order; the last record of a repeated step counts (a resumed run)."""
-    values = {record["step"]: record[key] for record in records if key in record}
-    steps = sorted(values)
-    return steps, [values[step] for step in steps]
-
-
-def _draw_loss(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
-    steps, losses = _curve(records, "loss")
-    pale = len(steps) > 1  # a single step has no curve yet
-    axes.plot(steps, losses, color="#1f77b4", alpha=0.35 if pale else 1, linewidth=0.8, marker="" if pale else "o",
-              label="training loss")
-    if pale:
-        window = max(2, len(steps) / 50)  # in proportion: a curve of any length keeps its shape
-        axes.plot(steps, smooth(losses, 1 - 1 / window), color="#1f77b4", linewidth=2.2, label="smoothed")
-    steps, losses = _curve(records, "eval_loss")
-    if steps:
-        axes.plot(steps, losses, color="#c2410c", marker="o", linestyle="", markersize=6, label="held-out loss")
-    epochs = {record.get("epoch"): record["step"] for record in reversed(records)}  # the first step of each
-    for number, step in enumerate(sorted(step for epoch, step in epochs.items() if epoch)[1:21]):
-        axes.axvline(step, color="#555555", linewidth=1, linestyle=":", label="" if number else "new epoch")
-    axes.set_ylabel("loss")
-    axes.legend(loc="upper right", frameon=False)
-
-
-def _draw_learning_rate(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
-    axes.plot(*_curve(records, "learning_rate"), color="#4d7c0f", linewidth=1.5)
-    axes.set_ylabel("learning rate")
-    axes.set_ylim(bottom=0)
-    axes.ticklabel_format(axis="y", scilimits=(-3, 3))
-
-
-def _draw_throughput(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
-    axes.plot(*_curve(records, "tokens_per_second"), color="#6d28d9", linewidth=1)
-    axes.set_ylabel("tokens per second")
-    axes.set_ylim(bottom=0)
-
-
-def _draw_step_time(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
-    steps, times = _curve(records, "step_time_ms")
-    axes.plot(steps, times, color="#6d28d9", linewidth=1)
-    axes.set_ylabel("ms per step")
-    axes.set_ylim(bottom=0)
-    limit = 3 * statistics.median(times)
-    beyond = [time for time in times if time > limit]
-    if beyond:  # the first step compiles the graph: it would flatten all others
-        axes.set_ylim(top=limit)
-        axes.text(0.99, 0.93, f"{len(beyond)} slower, up to {max(beyond):,.0f} ms", transform=axes.transAxes,
-                  ha="right", va="top", fontsize="small")
-
-
-def loss_figure(records: Iterable[Mapping[str, Any]], title: str | None = None) -> Figure:
-    """The curves of a run: loss (each step and smoothed, held-out loss as points), learning rate, throughput.
-
-    records: as `read_metrics` gives them; panels without values are left out. Throughput is in tokens per second, or
-    the time of a step where a log has no tokens.
-    Example: loss_figure(read_metrics("worker_0.log"), "my run").savefig("loss.png")
-    """
-    records = list(records)
-    present = {key for record in records for key in record}
-    panels = [(_draw_loss, 3)] if present & {"loss", "eval_loss"} else []
-    if "learning_rate" in present:
-        panels.append((_draw_learning_rate, 1))
-    if present & {"tokens_per_second", "step_time_ms"}:
-        panels.append((_draw_throughput if "tokens_per_second" in present else _draw_step_time, 1))
-    figure = NotebookFigure(figsize=(9, 1.5 + 1.5 * sum(height for _, height in panels)), dpi=100, layout="constrained")
-    if title:
-        figure.suptitle(title, parse_math=False)  # a file name may have a $ in it
-    if not panels:
-        figure.text(0.5, 0.4, "no steps yet", ha="center")
-        return figure
-    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=[height for _, height in panels])
-    for axes, (draw, _) in zip(rows[:, 0], panels, strict=True):
-        draw(axes, records)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    rows[-1, 0].set_xlabel("step")
-    rows[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    figure.align_ylabels()
-    return figure
-
-
-def _draw_lengths(axes: Axes, lengths: np.ndarray, limit: int | None, label: str) -> None:
-    top = max(int(np.percentile(lengths, 99.5)), limit or 1)  # a few very long rows would flatten all others
-    width = math.ceil((top + 1) / 40)  # whole tokens: every bar counts as many lengths as the others
-    axes.hist(np.minimum(lengths, top), bins=np.arange(0, top + 1 + width, width), color="#1f77b4", alpha=0.8)
-    axes.set_xlabel(f"{label} in tokens, up to {lengths.max():,}")
-    axes.set_ylabel("rows")
-    if limit:
-        axes.axvline(limit, color="#c2410c", linewidth=1.5)
-        axes.set_title(f"limit {limit}: {(lengths > limit).mean():.1%} longer", loc="right", color="#c2410c",
-                       fontsize="medium")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-
-
-def length_figure(panels: Mapping[str, tuple[np.ndarray, int | None]]) -> Figure:
-    """Histograms of rows' lengths in tokens, one below the other, each with its limit if it has one.
-
-    What is longer than the limit and than 99.5 % of the rows is counted in the last bar.
-    Example: length_figure({"source": (np.array([12, 80, 31]), 64)})
-    """
-    figure = NotebookFigure(figsize=(8, 1.7 * len(panels)), dpi=80, layout="constrained")
-    rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    for axes, (label, (lengths, limit)) in zip(rows, panels.items(), strict=True):
-        _draw_lengths(axes, lengths, limit, label)
-    return figure
-
-
-def token_table(ids: Sequence[int], labels: Sequence[int], tokenizer: Pieces) -> Html:
+def token_table(ids: Sequence[int], labels: Sequence[int], tokenizer: ChatGLM3Tokenizer) -> Html:
     """The tokens of one row, those that carry loss marked; hover for position and id.
 
     ids, labels: (T,) each, labels shifted (`labels[i]` is the token after `ids[i]`, -100 where it carries no loss), so

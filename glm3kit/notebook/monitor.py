@@ -31,29 +31,7 @@ STATES = {"starting": "starting 启动中", "running": "running 运行中", "suc
 BAR_STYLES = {"succeeded": "success", "failed": "danger", "stopped": "warning"}
 
 # JupyterLab's variables follow its light and dark themes; the values behind the commas are for other front ends
-STYLE = """<style>
-.glm3kit-monitor { box-sizing: border-box; width: 100%; max-width: 900px; padding: 12px 14px; border-radius: 10px;
-  border: 1px solid var(--jp-border-color2, #e0e0e0); background: var(--jp-layout-color1, #fff);
-  font-family: var(--jp-ui-font-family, system-ui), "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", sans-serif; }
-.glm3kit-monitor .widget-html { height: auto; margin: 2px 0; }
-.glm3kit-monitor .widget-html-content { line-height: 1.5; font-size: 13px; color: var(--jp-ui-font-color1, #1f1f1f); }
-.glm3kit-monitor .widget-hprogress { width: 100%; margin: 4px 0; }
-.glm3kit-monitor .glm3kit-state { display: inline-block; padding: 1px 9px; border-radius: 9px; margin-right: 8px;
-  border: 1px solid currentColor; color: var(--jp-ui-font-color1, #1f1f1f); font-weight: 600; }
-.glm3kit-monitor .glm3kit-succeeded { color: var(--jp-success-color1, #2e7d32); }
-.glm3kit-monitor .glm3kit-failed { color: var(--jp-error-color1, #c62828); }
-.glm3kit-monitor .glm3kit-stopped { color: var(--jp-warn-color1, #b26a00); }
-.glm3kit-monitor .glm3kit-numbers { display: flex; flex-wrap: wrap; gap: 4px 28px; margin: 4px 0; }
-.glm3kit-monitor .glm3kit-numbers span { display: block; white-space: nowrap; }
-.glm3kit-monitor .glm3kit-name { font-size: 11px; color: var(--jp-ui-font-color2, #616161); }
-.glm3kit-monitor .glm3kit-value { min-width: 84px; font-size: 15px; font-variant-numeric: tabular-nums; }
-.glm3kit-monitor ul { display: flex; flex-wrap: wrap; gap: 4px 8px; margin: 4px 0; padding: 0; list-style: none; }
-.glm3kit-monitor li { padding: 0 8px; border-radius: 8px; border: 1px solid var(--jp-border-color2, #c4c4c4);
-  font-size: 12px; font-variant-numeric: tabular-nums; }
-.glm3kit-monitor li.glm3kit-bad { border-color: currentColor; color: var(--jp-error-color1, #c62828); }
-.glm3kit-monitor pre { max-height: 220px; overflow: auto; margin: 4px 0; padding: 6px 8px; white-space: pre-wrap;
-  overflow-wrap: anywhere; font-size: 12px; line-height: 1.4; background: var(--jp-layout-color2, #f2f2f2); }
-</style>"""
+STYLE = f"<style>\n{Path(__file__).with_suffix('.css').read_text(encoding='utf-8')}</style>"
 
 
 @dataclass(frozen=True)

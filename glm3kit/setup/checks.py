@@ -253,7 +253,7 @@ def check_tokenizer(machine: Machine) -> Check:
 
 def _check_data(machine: Machine, key: str) -> Check:
     """Open each file of data.train_path or data.eval_path and check its first row."""
-    from glm3kit.data.encode import read_rows
+    from glm3kit.data.rows import read_rows
 
     paths = getattr(machine.config.data, key) if machine.config else ()
     if not paths:

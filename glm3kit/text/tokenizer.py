@@ -8,7 +8,8 @@ from text: a user who types `<|user|>` gets ordinary pieces. Knowledge: THUDM/ch
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,11 @@ def _plain(ids: Any) -> Any:
     if hasattr(ids, "asnumpy"):  # a MindSpore tensor, without importing MindSpore
         ids = ids.asnumpy()
     return ids.tolist() if isinstance(ids, np.ndarray | np.generic) else ids
+
+
+def as_text(value: Any) -> str:
+    """What a tool returned, as the model reads it: a string as it is, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 class ChatGLM3Tokenizer:
@@ -167,8 +173,8 @@ class ChatGLM3Tokenizer:
         Raises PromptError for a message without role or content, or of another form.
         """
         role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
-        if role == "observation" and content is not None and not isinstance(content, str):
-            content = json.dumps(content, ensure_ascii=False)  # a tool's result is as it was in training
+        if role == "observation" and content is not None:
+            content = as_text(content)  # a tool's result is as it was in training
         if not isinstance(content, str):
             raise PromptError(f"not a message: {str(message)[:80]!r}; expected a dict with a role ({', '.join(ROLES)}) "
                               "and a content that is a string")
@@ -176,20 +182,21 @@ class ChatGLM3Tokenizer:
             content += "\n" + json.dumps(message["tools"], indent=tools_indent, ensure_ascii=False)
         return self.build_single_message(role, message.get("metadata") or "", content)
 
-    def build_chat_input(
-        self, query: str, history: Sequence[Mapping[str, Any]] | None = None, role: str = "user"
-    ) -> dict[str, np.ndarray]:
-        """The prompt of a chat: `[gMASK] sop`, the history, the query as `role`, then `<|assistant|>` alone.
+    def chat_ids(self, messages: Iterable[Mapping[str, Any]]) -> list[int]:
+        """The prompt that asks for an answer to `messages`: `[gMASK] sop`, each turn, then `<|assistant|>` alone.
 
-        Returns input_ids, attention_mask and position_ids, int32 arrays of shape (1, T).
         Raises PromptError for an unknown role or a malformed message.
         """
-        ids = list(self.prefix_ids)
-        for message in [*(history or []), {"role": role, "content": query}]:
-            ids += self.message_ids(message)
-        input_ids = np.array([[*ids, self.role_id("assistant")]], np.int32)  # (1, T)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": np.ones_like(input_ids),
-            "position_ids": np.arange(input_ids.size, dtype=np.int32)[None],
-        }
+        turns = [self.message_ids(message) for message in messages]
+        return [*self.prefix_ids, *chain.from_iterable(turns), self.role_id("assistant")]
+
+    def build_chat_input(self, query: str, history: Sequence[Mapping[str, Any]] | None = None,
+                         role: str = "user") -> dict[str, np.ndarray]:
+        """`chat_ids` of a history and a query said by `role`, in the form of the published tokenizer.
+
+        Returns input_ids, attention_mask and position_ids, int32 arrays of shape (1, T).
+        """
+        ids = self.chat_ids([*(history or []), {"role": role, "content": query}])
+        input_ids = np.array([ids], np.int32)  # (1, T)
+        return {"input_ids": input_ids, "attention_mask": np.ones_like(input_ids),
+                "position_ids": np.arange(len(ids), dtype=np.int32)[None]}

@@ -19,7 +19,8 @@ from mindspore import Tensor
 from glm3kit.checkpoint.folder import STRATEGY
 from glm3kit.checkpoint.strategy import write_strategy
 from glm3kit.config.groups import RunConfig, TrainConfig
-from glm3kit.data.encode import Batches, prepare_data
+from glm3kit.data.batches import Batches
+from glm3kit.data.encode import prepare_data
 from glm3kit.errors import CheckpointError, DataError, JobError
 from glm3kit.jobs.heartbeat import Heartbeat
 from glm3kit.jobs.job import JOB_VARIABLE

@@ -1,28 +1,21 @@
 """The conversation in a terminal: its commands, its tools, and the whole of it through a pipe."""
 
 import json
-import subprocess
+import os
 import sys
 
 import pytest
-from support import ROOT
+from support import SMALL, TINY
 
+from glm3kit.__main__ import main
 from glm3kit.chat.session import ChatSession
 from glm3kit.chat.terminal import printable, talk
 from glm3kit.chat.tools import calculate
 from glm3kit.chat.transcript import read_transcript
 from glm3kit.config.groups import load_config
-from glm3kit.text.tokenizer import ChatGLM3Tokenizer
-from glm3kit.weights.convert import convert_weights
 from glm3kit.weights.random import write_random_hub_weights
 
-SMALL = ["model.num_layers=1", "model.hidden_size=32", "model.ffn_hidden_size=64", "model.kv_channels=8",
-         "generate.max_new_tokens=4"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return ChatGLM3Tokenizer(ROOT / "glm3kit" / "tiny" / "tokenizer.model")
+SHORT = [*SMALL, "generate.max_new_tokens=4"]
 
 
 @pytest.fixture
@@ -129,19 +122,19 @@ def test_code_is_shown_and_said_not_to_be_run(tokenizer, capsys):
     assert "print(1)" in printed and "[code: it is not run" in printed
 
 
-def test_the_verb_talks_through_a_pipe(tmp_path):
-    config = str(ROOT / "configs" / "tiny.yaml")
-    hub = write_random_hub_weights(load_config(config, SMALL).model, tmp_path / "hub")
-    convert_weights(hub, tmp_path / "w.safetensors")
+def test_the_verb_talks_through_a_pipe(tmp_path, monkeypatch, capsys):
+    hub = write_random_hub_weights(load_config(TINY, SHORT).model, tmp_path / "hub")
     file = tmp_path / "talk.md"
     lines = ["/role system", "你是导购。", "/role user", "类型#裙", "/role observation", '{"price": 299}',
              f"/save {file}"]
-    done = subprocess.run([sys.executable, "-m", "glm3kit", "chat", config, *SMALL,
-                           f"model.checkpoint_name_or_path={tmp_path / 'w.safetensors'}", "--system", "你好"],
-                          cwd=ROOT, capture_output=True, text=True, input="\n".join(lines))
-    assert done.returncode == 0, done.stderr
+    reader, writer = os.pipe()
+    with open(writer, "w", encoding="utf-8") as pipe:
+        pipe.write("\n".join(lines))
+    with open(reader, encoding="utf-8") as pipe:
+        monkeypatch.setattr(sys, "stdin", pipe)
+        assert main(["chat", str(TINY), *SHORT, f"model.checkpoint_name_or_path={hub}", "--system", "你好"]) == 0
     history = read_transcript(file.read_text(encoding="utf-8"))
     assert [message["role"] for message in history if message["role"] != "assistant"] == [
         "system", "system", "user", "observation"]
     assert [message["content"] for message in history if message["role"] == "observation"] == ['{"price": 299}']
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in capsys.readouterr().err

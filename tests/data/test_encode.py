@@ -9,14 +9,9 @@ import pytest
 import sentencepiece
 
 from glm3kit.config.groups import DataConfig, ModelConfig, RunConfig
-from glm3kit.data.encode import (
-    TokenFile,
-    encode_adgen,
-    encode_conversation,
-    encode_files,
-    prepare_data,
-    read_rows,
-)
+from glm3kit.data.encode import encode_adgen, encode_conversation, encode_files, prepare_data
+from glm3kit.data.rows import read_rows
+from glm3kit.data.token_file import TokenFile
 from glm3kit.errors import ConfigError, DataError, PromptError
 from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 
@@ -25,7 +20,8 @@ TALK = {"conversations": [{"role": "user", "content": "你好"}, {"role": "assis
 
 
 @pytest.fixture(scope="module")
-def tok(shared) -> ChatGLM3Tokenizer:
+def tokenizer(shared) -> ChatGLM3Tokenizer:
+    """The published tokenizer, whose ids the reference values are."""
     return ChatGLM3Tokenizer(shared / "data/tokenizer/tokenizer.model")
 
 
@@ -49,28 +45,28 @@ def numbered(count: int) -> list[dict]:
     return [{"content": "裙", "summary": f"{i}"} for i in range(count)]
 
 
-def encode(path: Path, tok: ChatGLM3Tokenizer, destination: Path, seq_length: int = 32, **settings) -> TokenFile:
+def encode(path: Path, tokenizer: ChatGLM3Tokenizer, destination: Path, seq_length: int = 32, **settings) -> TokenFile:
     settings = {"max_source_length": 8, "max_target_length": 8} | settings
-    return encode_files([path], tok, DataConfig(**settings), seq_length, destination, progress=False)
+    return encode_files([path], tokenizer, DataConfig(**settings), seq_length, destination, progress=False)
 
 
 # --- one row
 
 
-def test_every_reference_adgen_row_is_the_same(tok, golden_texts):
+def test_every_reference_adgen_row_is_the_same(tokenizer, golden_texts):
     rows = json.loads((golden_texts / "adgen_encoded.json").read_text(encoding="utf-8"))
     assert len(rows) == 75
     for row in rows:
-        ids, labels = encode_adgen(row, tok, row["max_source_length"], row["max_target_length"])
+        ids, labels = encode_adgen(row, tokenizer, row["max_source_length"], row["max_target_length"])
         assert ids.tolist() == row["input_ids"] and labels.tolist() == row["labels"]
         assert ids.dtype == labels.dtype == np.int32
 
 
-def test_every_reference_conversation_is_the_same(tok, golden_texts):
+def test_every_reference_conversation_is_the_same(tokenizer, golden_texts):
     rows = json.loads((golden_texts / "multiturn_encoded.json").read_text(encoding="utf-8"))
     assert len(rows) == 23
     for row in rows:
-        ids, labels = encode_conversation(row["record"], tok, row["max_seq_length"], tools_indent=None)
+        ids, labels = encode_conversation(row["record"], tokenizer, row["max_seq_length"], tools_indent=None)
         assert ids.tolist() == row["input_ids"] and labels.tolist() == row["labels"]
         assert ids.dtype == labels.dtype == np.int32
 
@@ -92,28 +88,28 @@ def test_columns_may_have_other_names(small):
 # --- whole files
 
 
-def test_a_token_file_holds_the_rows_that_are_encoded_one_by_one(tok, golden_texts, tmp_path):
+def test_a_token_file_holds_the_rows_that_are_encoded_one_by_one(tokenizer, golden_texts, tmp_path):
     adgen = json.loads((golden_texts / "adgen_encoded.json").read_text(encoding="utf-8"))
     talks = json.loads((golden_texts / "multiturn_encoded.json").read_text(encoding="utf-8"))
     rows = [{"content": row["content"], "summary": row["summary"]} for row in adgen if row["max_target_length"] > 100]
     talks = [row["record"] for row in talks if row["max_seq_length"] == 512 and set(row["labels"]) != {-100}]
-    mixed = [row for pair in zip(rows, talks, strict=False) for row in pair] + rows[len(talks) :]
+    mixed = [row for pair in zip(rows, talks, strict=False) for row in pair] + rows[len(talks):]
     path = write_lines(tmp_path / "mixed.jsonl", mixed)
-    tokens = encode_files([path], tok, DataConfig(tools_indent=None), 512, tmp_path / "tokens", progress=False)
+    tokens = encode_files([path], tokenizer, DataConfig(tools_indent=None), 512, tmp_path / "tokens", progress=False)
     assert len(tokens) == len(mixed) > 40
     for row, (ids, labels) in zip(mixed, tokens, strict=True):
         if "content" in row:
-            expected = encode_adgen(row, tok, 64, 127)
+            expected = encode_adgen(row, tokenizer, 64, 127)
         else:
-            expected = encode_conversation(row, tok, 512, tools_indent=None)
+            expected = encode_conversation(row, tokenizer, 512, tools_indent=None)
         assert ids.dtype == labels.dtype == np.int32
         for part, whole, padding in zip((ids, labels), expected, (0, -100), strict=True):
-            assert np.array_equal(part, whole[: len(part)]) and np.all(whole[len(part) :] == padding)
+            assert np.array_equal(part, whole[:len(part)]) and np.all(whole[len(part):] == padding)
 
 
-def test_the_published_dev_file_is_cut_where_it_is_known_to_be_long(tok, shared, tmp_path):
+def test_the_published_dev_file_is_cut_where_it_is_known_to_be_long(tokenizer, shared, tmp_path):
     path = shared / "data/adgen/dev.json"
-    tokens = encode_files([path], tok, DataConfig(), 192, tmp_path / "tokens", progress=False)
+    tokens = encode_files([path], tokenizer, DataConfig(), 192, tmp_path / "tokens", progress=False)
     report, lengths = tokens.report, tokens.report["lengths"]
     assert (report["rows_read"], report["rows_kept"], report["adgen_rows"]) == (1070, 1070, 1070)
     # Counted with the official tokenizer when the file was taken over, `[gMASK] sop` included.
@@ -152,7 +148,7 @@ def test_a_chat_of_several_users_without_tools_is_a_row_whose_answers_carry_loss
     tokens = encode(write_lines(tmp_path / "rows.json", [talk]), small, tmp_path / "tokens")
     ids, labels = tokens[0]
     asked = small.build_chat_input("答", [users[0]])["input_ids"][0]
-    assert ids[: len(asked)].tolist() == asked.tolist()
+    assert ids[:len(asked)].tolist() == asked.tolist()
     answer = small.build_single_message("assistant", "", "好")
     assert labels[labels != -100].tolist() == [*answer[1:], small.eos_id]
 
@@ -342,9 +338,9 @@ def test_a_damaged_token_file_is_encoded_again(small, tmp_path):
     assert len(encode(path, small, tmp_path / "tokens")) == 5
 
 
-def test_another_tokenizer_makes_another_token_file(small, tok, tmp_path):
+def test_another_tokenizer_makes_another_token_file(small, tokenizer, tmp_path):
     path = write_lines(tmp_path / "rows.json", numbered(2))
-    assert encode(path, small, tmp_path / "tokens").digest != encode(path, tok, tmp_path / "tokens").digest
+    assert encode(path, small, tmp_path / "tokens").digest != encode(path, tokenizer, tmp_path / "tokens").digest
 
 
 # --- the data of a run

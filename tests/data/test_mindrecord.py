@@ -6,7 +6,6 @@ import pytest
 from mindspore.dataset import MindDataset
 from support import ROOT
 
-import glm3kit.data.mindrecord
 from glm3kit import tiny
 from glm3kit.__main__ import main
 from glm3kit.config.groups import load_config
@@ -25,7 +24,7 @@ def tokens(tmp_path_factory):
 
 
 def test_mind_dataset_reads_every_row_back_padded(tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(glm3kit.data.mindrecord, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("glm3kit.data.mindrecord.ROWS_AT_ONCE", 7)
     path = write_mindrecord(tokens, tmp_path / "deep/eval-d/eval.mindrecord", 192, pad_id=0)
     loader = MindDataset(str(path), ["input_ids", "labels"], shuffle=False)
     rows = loader.create_tuple_iterator(output_numpy=True, num_epochs=1)
@@ -49,7 +48,7 @@ def test_a_failure_leaves_nothing_half_written(tokens, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(glm3kit.data.mindrecord, "sync", fail)
+    monkeypatch.setattr("glm3kit.files.sync", fail)
     with pytest.raises(OSError, match="no space"):
         write_mindrecord(tokens, tmp_path / "eval-d/eval.mindrecord", 192)
     assert list(tmp_path.iterdir()) == []

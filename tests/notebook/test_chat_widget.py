@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import traitlets
+from support import until
 
 from glm3kit.chat.session import ChatSession
 from glm3kit.chat.tools import calculate
@@ -15,24 +16,16 @@ from glm3kit.chat.transcript import read_transcript
 from glm3kit.config.groups import GenerateConfig
 from glm3kit.notebook import chat_widget as widgets
 from glm3kit.notebook.chat_widget import GUIDE, REFRESH_S, chat_widget, shown_state
-from glm3kit.text.messages import as_text
-from glm3kit.text.tokenizer import ChatGLM3Tokenizer
+from glm3kit.text.tokenizer import as_text
 
 PACKAGE = Path(widgets.__file__).parent
-TINY = PACKAGE / "tiny" / "tokenizer.model"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return ChatGLM3Tokenizer(TINY)
 
 
 @pytest.fixture
 def say(tokenizer):
     """Ids as the model generates them: metadata, a new line, the content, and the id that ends the turn."""
-    return lambda content, metadata="": [
-        *tokenizer.build_single_message("assistant", metadata, content)[1:], tokenizer.role_id("user"),
-    ]
+    return lambda content, metadata="": [*tokenizer.build_single_message("assistant", metadata, content)[1:],
+                                         tokenizer.role_id("user")]
 
 
 @pytest.fixture
@@ -56,14 +49,6 @@ class Gate:
 
     def let(self, tokens):
         self.permits.release(tokens)
-
-
-def until(condition):
-    """Wait for something that another thread does."""
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end, "waited 20 s in vain"
-        time.sleep(0.01)
 
 
 def settle(chat):
@@ -417,7 +402,7 @@ def test_a_closed_widget_is_told_nothing_more(session):
     chat.close()
     chat.close()
     session.ask("你好")
-    assert session._floor._observers == []
+    assert session._observers == []
 
 
 # what the page is made of

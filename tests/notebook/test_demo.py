@@ -1,6 +1,8 @@
 """The demo: notebooks run in order, pages and index are left behind, a failure names notebook and cell."""
 
+import io
 import re
+from contextlib import redirect_stdout
 
 import nbformat
 import pytest
@@ -18,33 +20,44 @@ def write_notebook(folder, name, *cells, title="A title <b>"):
     nbformat.write(notebook, folder / f"{name}.ipynb")
 
 
-def test_notebooks_run_in_order_and_leave_pages_an_index_and_their_files(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("GLM3KIT_CONFIG", "run_glm3_6b.yaml")
-    notebooks, output = tmp_path / "notebooks", tmp_path / "output"
-    write_notebook(notebooks, "01_first", WRITE, "(out / 'note.txt').write_text('kept')", title="First <b>")
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """Two notebooks run where an earlier demo has left a file; what was printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    notebooks, output = folder / "notebooks", folder / "output" / "demo"
+    (folder / "library.py").touch()
+    output.mkdir(parents=True)
+    (output / "stale.png").touch()
+    write_notebook(notebooks, "01_first", WRITE, "(out / 'note.txt').write_text('kept')",
+                   title="First <b>, [next](02_second.ipynb), [library](../library.py)")
     write_notebook(notebooks, "02_second", WRITE, "assert 'GLM3KIT_CONFIG' not in os.environ",
                    "(out / 'loss.png').write_bytes(b'x' * len((out / 'note.txt').read_text()))")
-    index = run_demo(notebooks, output)
-    assert {path.name for path in output.iterdir()} == {
-        "01_first.ipynb", "01_first.html", "02_second.ipynb", "02_second.html", "index.html", "note.txt", "loss.png"}
-    page = index.read_text(encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as told:
+        patch.setenv("GLM3KIT_CONFIG", "run_glm3_6b.yaml")
+        index = run_demo(notebooks, output)
+    assert index == output / "index.html"
+    return output, told.getvalue()
+
+
+def test_notebooks_run_in_order_and_leave_pages_an_index_and_their_files(demo):
+    output, told = demo
+    page = (output / "index.html").read_text(encoding="utf-8")
     for name in ("01_first.html", "02_second.html", "note.txt", "loss.png"):
         assert f'href="{name}"' in page
     assert "First &lt;b&gt;" in page
     assert "First <b>" not in page
     executed = nbformat.read(output / "02_second.ipynb", as_version=4)
     assert [cell.execution_count for cell in executed.cells if cell.cell_type == "code"] == [1, 2, 3]
-    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [["1/2", "01_first"],
-                                                                                  ["2/2", "02_second"]]
+    assert [line.split()[:2] for line in told.splitlines()] == [["1/2", "01_first"], ["2/2", "02_second"]]
 
 
-def test_links_lead_from_the_pages_to_pages_and_files(tmp_path):
-    (tmp_path / "library.py").touch()
-    notebooks, output = tmp_path / "notebooks", tmp_path / "output" / "demo"
-    title = "[next](02_second.ipynb), [library](../library.py)"
-    write_notebook(notebooks, "01_first", "1", title=title)
-    write_notebook(notebooks, "02_second", "1")
-    run_demo(notebooks, output)
+def test_what_an_earlier_demo_left_is_gone(demo):
+    assert {path.name for path in demo[0].iterdir()} == {
+        "01_first.ipynb", "01_first.html", "02_second.ipynb", "02_second.html", "index.html", "note.txt", "loss.png"}
+
+
+def test_links_lead_from_the_pages_to_pages_and_files(demo):
+    output, _ = demo
     links = re.findall(r'<a href="([^"#]+)"', (output / "01_first.html").read_text(encoding="utf-8"))
     assert links == ["02_second.html", "../../library.py"]
     assert all((output / link).is_file() for link in links)
@@ -64,14 +77,6 @@ def test_a_dying_kernel_is_named_with_its_cell(tmp_path):
     write_notebook(notebooks, "01_first", "import os; os._exit(1)")
     with pytest.raises(JobError, match=r"01_first\.ipynb.*kernel died"):
         run_demo(notebooks, tmp_path / "output")
-
-
-def test_what_an_earlier_demo_left_is_gone(tmp_path):
-    write_notebook(tmp_path / "notebooks", "01_first", "1")
-    (tmp_path / "output").mkdir()
-    (tmp_path / "output" / "stale.png").touch()
-    run_demo(tmp_path / "notebooks", tmp_path / "output")
-    assert not (tmp_path / "output" / "stale.png").exists()
 
 
 def test_a_folder_without_notebooks_is_an_error_and_nothing_is_removed(tmp_path):

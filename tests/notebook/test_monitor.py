@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from support import until
 
 from glm3kit.config.groups import RunConfig
 from glm3kit.errors import JobError
@@ -37,13 +38,6 @@ def write_steps(folder, *steps, mode="a", total=100, step_time_ms=500):
         for step in steps:
             file.write(json.dumps({"step": step, "loss": 8 / step, "learning_rate": 1e-3, "tokens_per_second": 1234.5,
                                    "step_time_ms": step_time_ms, "total_steps": total}) + "\n")
-
-
-def until(condition, timeout_s=60):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def test_progress_is_read_from_the_folder_and_only_what_is_new(tmp_path):

@@ -9,7 +9,6 @@ from sentencepiece import sentencepiece_model_pb2
 
 from glm3kit import tiny
 from glm3kit.text.messages import conversation_ids
-from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 from tiny_data.generate_data import VALUES, asked_contents, content_key, generate, train_tokenizer, value_pieces
 from tiny_data.grammar import ATTRIBUTES, GARMENTS, KIND, found_values, read_content
 
@@ -33,11 +32,6 @@ def dev():
 @pytest.fixture(scope="module")
 def records():
     return read_lines(tiny.CONVERSATIONS)
-
-
-@pytest.fixture(scope="module")
-def tok():
-    return ChatGLM3Tokenizer(tiny.TOKENIZER)
 
 
 def test_generating_again_gives_the_same_bytes(tmp_path):
@@ -129,27 +123,27 @@ def test_tool_calls_fit_the_tool_and_answers_use_the_observation(records):
         assert all(str(value) in answer["content"] for value in call["observation"].values() if value != 0)
 
 
-def test_rows_and_records_fit_the_token_budgets(train, dev, records, tok):
+def test_rows_and_records_fit_the_token_budgets(train, dev, records, tokenizer):
     for row in train + dev:
-        assert len(tok.encode(row["content"])) <= 64
-        assert len(tok.encode(row["summary"], add_special_tokens=False)) <= 126
-    assert max(len(conversation_ids(record, tok)[0]) for record in records) <= 192
+        assert len(tokenizer.encode(row["content"])) <= 64
+        assert len(tokenizer.encode(row["summary"], add_special_tokens=False)) <= 126
+    assert max(len(conversation_ids(record, tokenizer)[0]) for record in records) <= 192
 
 
-def test_a_value_is_one_or_two_tokens_the_same_in_content_and_summary(train, dev, tok):
+def test_a_value_is_one_or_two_tokens_the_same_in_content_and_summary(train, dev, tokenizer):
     for row in train + dev:
         for _, value in read_content(row["content"]):
-            pieces = value_pieces(tok, row["content"], value)
+            pieces = value_pieces(tokenizer, row["content"], value)
             assert pieces is not None and len(pieces) <= 2
-            assert pieces == value_pieces(tok, row["summary"], value)
+            assert pieces == value_pieces(tokenizer, row["summary"], value)
 
 
-def test_the_tokenizer_has_the_published_form(tok):
+def test_the_tokenizer_has_the_published_form(tokenizer):
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tiny.TOKENIZER))
     assert (pieces.unk_id(), pieces.bos_id(), pieces.eos_id(), pieces.pad_id()) == (0, 1, 2, -1)
     assert pieces.vocab_size() == 2000
     assert all(pieces.is_byte(3 + byte) for byte in range(256))
-    assert tok.special_tokens["[MASK]"] == 2000 and tok.vocab_size == 2009
+    assert tokenizer.special_tokens["[MASK]"] == 2000 and tokenizer.vocab_size == 2009
 
 
 def test_the_tokenizer_has_the_published_settings(shared):
@@ -171,17 +165,17 @@ def test_the_tokenizer_has_the_published_settings(shared):
     ["全角ＡＢＣ１２３，。！？", "two  spaces   and four    ", "a\nb\n\n    c\n", "\ttab", " 前", "类型#裙*颜色#红色",
      "🙂👗", "e\u0301é ﬁ"],  # an accent of its own and a ligature: what a normaliser would change
 )
-def test_every_text_comes_back_as_it_was(tok, text):
-    assert tok.decode(tok.encode(text)) == text
+def test_every_text_comes_back_as_it_was(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_new_lines_are_bytes_and_digits_stand_alone(tok):
-    pieces = [tok.piece(id_) for id_ in tok.encode("12\n    34", add_special_tokens=False)]
+def test_new_lines_are_bytes_and_digits_stand_alone(tokenizer):
+    pieces = [tokenizer.piece(id_) for id_ in tokenizer.encode("12\n    34", add_special_tokens=False)]
     assert pieces == ["▁", "1", "2", "<0x0A>", "▁▁▁▁", "3", "4"]
 
 
-def test_an_emoji_becomes_its_bytes(tok):
-    pieces = [tok.piece(id_) for id_ in tok.encode("🙂", add_special_tokens=False)]
+def test_an_emoji_becomes_its_bytes(tokenizer):
+    pieces = [tokenizer.piece(id_) for id_ in tokenizer.encode("🙂", add_special_tokens=False)]
     assert pieces == ["▁", "<0xF0>", "<0x9F>", "<0x99>", "<0x82>"]
 
 
