@@ -21,8 +21,9 @@ from support import ROOT
 import glm3kit.jobs.launch
 from glm3kit.checkpoint.folder import checkpoints, damage
 from glm3kit.config.groups import load_config
-from glm3kit.jobs.job import Job, is_running, job_processes
+from glm3kit.jobs.job import Job
 from glm3kit.jobs.launch import launch, start_job
+from glm3kit.jobs.process import is_running, job_processes
 
 pytestmark = pytest.mark.ranks
 CHANGES = ("model.num_layers=1", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.kv_channels=8",
@@ -36,7 +37,7 @@ BUSY_S = 120  # for what takes ten seconds on an idle machine
 RAISING = '''
 import sys
 from glm3kit.config.groups import load_config
-from glm3kit.jobs.job import rank_process
+from glm3kit.jobs.process import rank_process
 from glm3kit.train.run import Trainer, run_rank
 
 advance, steps = Trainer.advance, []

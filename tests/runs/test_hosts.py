@@ -11,8 +11,9 @@ import pytest
 from support import ROOT
 
 from glm3kit.checkpoint.folder import checkpoints
-from glm3kit.jobs.job import Job, job_processes
+from glm3kit.jobs.job import Job
 from glm3kit.jobs.metrics import read_metrics
+from glm3kit.jobs.process import job_processes
 from glm3kit.setup.rank_table import Device, RankTable, Server, merge_rank_tables
 
 TINY = str(ROOT / "configs" / "tiny.yaml")
