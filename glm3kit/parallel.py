@@ -81,6 +81,8 @@ def start_processes(config: ParallelConfig) -> Topology:
     if launched == 1:
         return ALONE
     init()
+    if on_ascend():  # the host launches thousands of kernels a step; after `init`, which knows how many share its cores
+        ms.runtime.set_cpu_affinity(True)
     assert get_group_size() == launched, "RANK_SIZE and the process group agree"
     rank, data, tensor = get_rank(), config.data_parallel, config.tensor_parallel
     world = GlobalComm.WORLD_COMM_GROUP

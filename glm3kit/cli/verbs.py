@@ -248,8 +248,8 @@ def logs(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Train as one rank; `launch` starts this on every device, and so do ModelArts' preset engines."""
-    from glm3kit.jobs.job import JOB_VARIABLE, rank_process
-    from glm3kit.jobs.plan import joined
+    from glm3kit.jobs.environment import joined
+    from glm3kit.jobs.process import JOB_VARIABLE, rank_process
 
     config = _config(args)
     folder = os.environ.get(JOB_VARIABLE, config.job_dir)  # where several machines share a run, each has its own

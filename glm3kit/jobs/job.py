@@ -7,137 +7,25 @@ The folder is the job: `job.json` (written by the supervisor, see supervisor.py)
 """
 
 import codecs
-import faulthandler
 import json
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 
-import psutil
 from tqdm.auto import tqdm
 
 from glm3kit.config.groups import load_config
 from glm3kit.errors import JobError
-from glm3kit.files import FULL, atomic_write
+from glm3kit.files import atomic_write
+from glm3kit.jobs.metrics import METRICS_FILE, NewRecords
+from glm3kit.jobs.process import LINE_BYTES, end_processes, is_running, job_processes, last_lines, now
 
 LIVE = ("starting", "running")  # the other states are final: succeeded, failed, stopped
-JOB_VARIABLE = "GLM3KIT_JOB"  # in the environment of every process that a job starts: the job's folder
 POLL_S = 0.5
-LINE_BYTES = 512  # of a line of a log, at most as a rule
 SILENT_S = 60  # without a touch of job.json by a supervisor on another machine, which touches it every 10 s
-STACKS_SIGNAL = signal.SIGUSR1  # makes a rank write to its log where each of its threads is
-
-
-def now() -> str:
-    """The time as job.json writes it: UTC, with the zone, to the millisecond."""
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-
-
-def process_mark(pid: int) -> dict | None:
-    """What identifies a process beyond the reuse of its id; None if there is none."""
-    try:
-        return {"pid": pid, "create_time": psutil.Process(pid).create_time()}
-    except psutil.Error:
-        return None
-
-
-def is_running(mark: dict | None) -> bool:
-    """Whether the process of a mark still runs, and is the same."""
-    if not mark:
-        return False
-    try:
-        process = psutil.Process(mark["pid"])
-        # psutil adds the boot time, which moves by a second when the clock is set
-        same = abs(process.create_time() - mark["create_time"]) < 2
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
-
-
-def job_processes(folder: Path) -> list[psutil.Process]:
-    """Every process that a job started and that still runs: msrun, scheduler, ranks and what those started."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(JOB_VARIABLE) == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:  # gone meanwhile, or another user's
-            continue
-    return found
-
-
-def end_processes(folder: Path, timeout_s: float = 10) -> list[int]:
-    """Kill every process of a job; returns the ids of those that outlived it.
-
-    Found by their environment rather than by parent: msrun's workers lead their own sessions and outlive msrun.
-    """
-    deadline = time.monotonic() + timeout_s
-    while left := job_processes(folder):
-        if time.monotonic() > deadline:
-            return [process.pid for process in left]
-        for process in left:
-            try:
-                process.kill()
-            except psutil.Error:
-                continue
-        psutil.wait_procs(left, timeout=1)
-    return []
-
-
-def last_lines(path: Path, count: int) -> str:
-    """The last lines of a log; "" if there is no log."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - LINE_BYTES * count))
-            return "\n".join(file.read().decode("utf-8", errors="replace").splitlines()[-count:])
-    except FileNotFoundError:
-        return ""
-
-
-@contextmanager
-def rank_process(folder: str | Path) -> Iterator[None]:
-    """Wrap the work of a rank: leaves `log/rank_N.json` with process id, exit code and the error, if any.
-
-    That file is what decides over the job: msrun's exit code is 0 for a job that was interrupted, and comes 30 s late
-    for one that failed. The scheduler, which runs the same command, leaves `log/scheduler.json`.
-    Example: with rank_process("output/run"): run_rank(config)
-    """
-    scheduler = os.environ.get("MS_ROLE") == "MS_SCHED"
-    name = "scheduler" if scheduler else f"rank_{os.environ.get('RANK_ID', '0')}"
-    path = Path(folder) / "log" / f"{name}.json"
-    record = {"pid": os.getpid(), "started": now()}
-
-    def leave(exit_code: int, error: str | None) -> None:
-        text = json.dumps(record | {"ended": now(), "exit_code": exit_code, "error": error}, ensure_ascii=False)
-        for _ in range(10):
-            try:
-                return atomic_write(path, text)
-            except OSError as err:
-                if err.errno not in FULL:
-                    raise
-                time.sleep(0.2)  # another rank is about to remove what it could not write whole
-        atomic_write(path, text)
-
-    faulthandler.register(STACKS_SIGNAL, file=sys.__stderr__)
-    atomic_write(path, json.dumps(record))
-    try:
-        yield
-    except SystemExit as err:
-        code = err.code if isinstance(err.code, int) else int(err.code is not None)
-        leave(code, f"SystemExit: {err.code}" if code else None)
-        raise
-    except BaseException as err:  # a rank that is interrupted has failed too
-        said, *_ = str(err).partition("\n\n----")  # below it MindSpore prints where it is in its own C++
-        leave(1, f"{type(err).__name__}: {said}")
-        raise
-    leave(0, None)
 
 
 def elsewhere(state: dict) -> str | None:
@@ -269,42 +157,12 @@ class Job:
         return self
 
 
-class NewRecords:
-    """The records of a metrics.jsonl that were not read before; only what was added to the file is read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.offset = path, 0  # bytes read so far
-
-    def read(self) -> list[dict]:
-        """The new records of steps; [] for a file that does not exist. A damaged line is left to `read_metrics`."""
-        try:
-            with self.path.open("rb") as file:
-                if file.seek(0, os.SEEK_END) < self.offset:  # a new run has replaced it
-                    self.offset = 0
-                file.seek(self.offset)
-                lines = file.readlines()
-        except FileNotFoundError:
-            return []
-        if lines and not lines[-1].endswith(b"\n"):
-            lines.pop()  # still being written
-        self.offset += sum(map(len, lines))
-        records = []
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and "step" in record and "loss" in record:
-                records.append(record)
-        return records
-
-
 class _Steps:
     """A progress bar over the steps that metrics.jsonl tells of."""
 
     def __init__(self, folder: Path, progress: bool) -> None:
         total = load_config(folder / "config.yaml").train.total_steps if progress else None
-        self.records = NewRecords(folder / "metrics.jsonl")
+        self.records = NewRecords(folder / METRICS_FILE)
         self.bar = tqdm(total=total, unit="step", disable=not progress, desc=folder.name)
 
     def update(self) -> None:

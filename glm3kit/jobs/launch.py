@@ -18,12 +18,13 @@ from dataclasses import asdict, dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
-import glm3kit
 from glm3kit.checkpoint.folder import newest_checkpoint
 from glm3kit.config.groups import RunConfig
 from glm3kit.errors import JobError, RankTableError
-from glm3kit.jobs.job import JOB_VARIABLE, LIVE, Job, end_processes, job_processes, last_lines, rank_process
-from glm3kit.jobs.plan import Plan, msrun_command, own_addresses, plan_run
+from glm3kit.jobs.environment import FOREIGN, process_variables, rank_environment
+from glm3kit.jobs.job import LIVE, Job
+from glm3kit.jobs.plan import Plan, own_addresses, plan_run
+from glm3kit.jobs.process import JOB_VARIABLE, end_processes, job_processes, last_lines
 from glm3kit.setup.rank_table import (
     RankTable,
     ascend_cards,
@@ -33,13 +34,8 @@ from glm3kit.setup.rank_table import (
     wait_for_rank_table,
 )
 
-__all__ = ["Job", "Launch", "launch", "plan_launch", "rank_process"]
-
 RESULTS = ("job.json", "metrics.jsonl", "checkpoint", "strategy")  # what a run leaves and another must not mix with
 OTHER = ("log", "config.yaml", "rank_table.json")
-# Set by whoever started us, a platform or another msrun: msrun sets its own.
-FOREIGN = ("MS_ROLE", "MS_SCHED_HOST", "MS_SCHED_PORT", "MS_WORKER_NUM", "MS_NODE_ID", "RANK_ID", "RANK_SIZE",
-           "DEVICE_ID", "RANK_TABLE_FILE")
 LOCK_S = 10  # for a supervisor that has written its verdict to be gone
 
 
@@ -77,46 +73,6 @@ def choose_rank_table(config: RunConfig, given: RankTable | str | Path | None = 
     return used
 
 
-def visible_devices(devices: Sequence[str], cards: Sequence[int]) -> str | None:
-    """ASCEND_RT_VISIBLE_DEVICES for ranks on other cards than the first of a machine, else None.
-
-    devices: device ids in the order of the ranks. msrun gives rank N the N-th visible card; cards are counted in the
-    order in which the machine shows them.
-    Example: devices 4 and 5 of cards 0 to 7 -> "4,5"
-    """
-    places = [cards.index(int(device)) for device in devices if int(device) in cards]
-    if len(places) < len(devices) or places == list(range(len(places))):
-        return None
-    return ",".join(map(str, places))
-
-
-def rank_environment(plan: Plan, target: str, environ: Mapping[str, str] = os.environ,
-                     root: str | Path = "/") -> dict[str, str]:
-    """The environment of the ranks: what the caller has, without another launcher's variables, with cores shared."""
-    environment = {key: value for key, value in environ.items() if key not in FOREIGN}
-    environment.setdefault("GLOG_v", "3")  # MindSpore: errors only
-    environment["PYTHONUNBUFFERED"] = "1"  # a log that can be followed
-    # msrun looks its interpreter up on PATH
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
-    source = Path(glm3kit.__file__).resolve().parent.parent
-    if source.name not in ("site-packages", "dist-packages"):  # ranks run in another folder: a checkout must be found
-        paths = [str(source), environment.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    cards = [] if target == "CPU" else ascend_cards(root)
-    if not cards:
-        cores = len(os.sched_getaffinity(0))
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // len(plan.devices))))
-    elif (visible := visible_devices(plan.devices, cards)) and "ASCEND_RT_VISIBLE_DEVICES" not in environment:
-        environment["ASCEND_RT_VISIBLE_DEVICES"] = visible
-    if plan.own_address:  # else MindSpore and HCCL each take the first interface that they find
-        environment.setdefault("MS_WORKER_IP", plan.own_address)
-        if "HCCL_SOCKET_IFNAME" not in environment:
-            environment.setdefault("HCCL_IF_IP", plan.own_address)
-    if plan.ranks == 1:  # no msrun that would say so
-        environment |= {"RANK_ID": "0", "RANK_SIZE": "1", "DEVICE_ID": "0"}
-    return environment
-
-
 @dataclass(frozen=True)
 class Launch:
     """All that is decided before anything is started."""
@@ -139,7 +95,7 @@ class Launch:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of the ranks."""
+        """What all ranks have in their environment; `process_variables` is what each has for itself."""
         return rank_environment(self.plan, self.config.parallel.device_target)
 
     def report(self) -> str:
@@ -147,15 +103,15 @@ class Launch:
         return "\n".join([f"job: {self.folder}", *self.plan.reasons])
 
     def shell(self) -> str:
-        """The command that starts the ranks and what it changes in the environment, as for a shell."""
-        command = [sys.executable, *self.rank_command]
-        if self.plan.ranks > 1:
-            command = msrun_command(self.plan, self.folder / "log", self.rank_command)
+        """What is started, as a shell would: the changes to the environment, then a line a process."""
         environment = self.environment | {JOB_VARIABLE: str(self.folder)}
         ours = [JOB_VARIABLE, *rank_environment(self.plan, self.config.parallel.device_target, {})]
-        gone = [f"unset {key}" for key in FOREIGN if key in os.environ and key not in environment]
-        return "\n".join([*gone, *(f"export {key}={shlex.quote(environment[key])}" for key in sorted(ours)),
-                          f"cd {shlex.quote(str(self.folder / 'log'))}", shlex.join(command)])
+        command = shlex.join([sys.executable, *self.rank_command])
+        processes = [f"{' '.join(f'{key}={value}' for key, value in variables.items())} {command} > {name}.log 2>&1 &"
+                     for name, variables in process_variables(self.plan).items()]
+        return "\n".join([*(f"unset {key}" for key in FOREIGN if key in os.environ),
+                          *(f"export {key}={shlex.quote(environment[key])}" for key in sorted(ours)),
+                          f"cd {shlex.quote(str(self.folder / 'log'))}", *processes, "wait"])
 
 
 def plan_launch(config: RunConfig, rank_table: RankTable | str | Path | None = None, resume: bool = False,

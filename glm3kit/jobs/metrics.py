@@ -12,19 +12,18 @@ device's peak is given; an evaluation has step and eval_loss. The log lines are 
 import gzip
 import json
 import math
+import os
 import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from glm3kit.config.groups import ModelConfig
 from glm3kit.errors import DataError
-
-if TYPE_CHECKING:
-    from glm3kit.config.groups import ModelConfig
 
 METRICS_FILE = "metrics.jsonl"
 NUMBER = r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|nan|inf)"
@@ -40,7 +39,7 @@ FIELDS = {
 OVERFLOW = re.compile(r"\boverflow cond:\s*(True|False)")
 
 
-def flops_per_token(model: "ModelConfig", seq_length: int, lora: bool = False) -> float:
+def flops_per_token(model: ModelConfig, seq_length: int, lora: bool = False) -> float:
     """Floating-point operations that training needs a token: 6 a weight and 12 a layer, head dimension and position.
 
     As PaLM counts them (https://arxiv.org/abs/2204.02311, appendix B): no embedding look-up, recomputation not counted.
@@ -182,3 +181,33 @@ class MetricsWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         self.close()
+
+
+class NewRecords:
+    """The records of a metrics.jsonl that were not read before; only what was added to the file is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.offset = path, 0  # bytes read so far
+
+    def read(self) -> list[dict]:
+        """The new records of steps; [] for a file that does not exist. A damaged line is left to `read_metrics`."""
+        try:
+            with self.path.open("rb") as file:
+                if file.seek(0, os.SEEK_END) < self.offset:  # a new run has replaced it
+                    self.offset = 0
+                file.seek(self.offset)
+                lines = file.readlines()
+        except FileNotFoundError:
+            return []
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()  # still being written
+        self.offset += sum(map(len, lines))
+        records = []
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and "step" in record and "loss" in record:
+                records.append(record)
+        return records

@@ -1,8 +1,7 @@
-"""Which part of a run is this machine's, and how do its processes find the others?
+"""The launch plan: which part of a run is this machine's, and how do its processes find the others?
 
 Several machines run the same command; each finds its place from the rank table and its own addresses, or from the
-variables of a ModelArts training job. msrun (`mindspore/parallel/cluster`) starts the processes; one of the machines,
-the master, runs the scheduler besides, where all of them meet.
+variables of a ModelArts training job. One of them, the master, runs the scheduler besides, where all processes meet.
 
     plan = plan_run(read_rank_table("hccl.json")); print("\\n".join(plan.reasons))
 """
@@ -10,26 +9,21 @@ the master, runs the scheduler besides, where all of them meet.
 import ipaddress
 import os
 import socket
-import subprocess
-import sys
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
 from glm3kit.errors import JobError
-from glm3kit.setup.rank_table import RankTable, find_rank_table, wait_for_rank_table
+from glm3kit.setup.rank_table import RankTable
 from glm3kit.setup.rank_table_forms import Server, is_address
 
-MASTER_PORT = 8118  # with several machines, which must agree without talking; msrun's own default
-CLUSTER_TIMEOUT_S = 300  # for all ranks to have joined
+MASTER_PORT = 8118  # with several machines, which must agree without talking; MindSpore's own default
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What this machine starts of a run, and where its processes meet the others."""
+    """The launch plan of this machine: what it starts of a run, and where its processes meet the others."""
 
     ranks: int  # of the whole run
     devices: tuple[str, ...]  # the device ids of this machine's ranks, in their order
@@ -43,7 +37,7 @@ class Plan:
 
     @property
     def local_ranks(self) -> range:
-        """The ranks that this machine starts; msrun counts them so, with as many on every machine."""
+        """The ranks that this machine starts, as many as every other; they are counted on from machine to machine."""
         first = self.node_rank * len(self.devices)
         return range(first, first + len(self.devices))
 
@@ -83,20 +77,31 @@ def _listener(port: int) -> str:
     return f": {', '.join(named)} has it" if named else ""
 
 
-def _route_address(target: str) -> str:
-    """The address that this machine reaches another from; nothing is sent."""
+def _unreachable(master: str, err: OSError) -> JobError:
+    return JobError(f"the master {master} cannot be reached from here ({err}); correct its address or name, or give "
+                    "one that every machine reaches with --master")
+
+
+def address_of(master: str) -> str:
+    """The address of the master, which may be given by name: MindSpore takes no name."""
     try:
-        family, _, _, _, place = socket.getaddrinfo(target, 1, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(place)
-            return probe.getsockname()[0]
+        return socket.getaddrinfo(master, None)[0][4][0]
     except OSError as err:
-        raise JobError(f"the master {target} cannot be reached from here ({err}); correct its address or name, or "
-                       "give one that every machine reaches with --master") from err
+        raise _unreachable(master, err) from err
 
 
-def _servers_in_order(table: RankTable) -> list[Server]:
-    """Servers by their ranks; raises JobError if msrun could not count them so: as many on each, one by one."""
+def _route_address(address: str) -> str:
+    """The address that this machine reaches another from; nothing is sent."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 1))
+        except OSError as err:
+            raise _unreachable(address, err) from err
+        return probe.getsockname()[0]
+
+
+def servers_in_order(table: RankTable) -> list[Server]:
+    """Servers by their ranks; raises JobError unless each has as many, counted on from server to server."""
     def ranks(server: Server) -> list[int]:
         return sorted(int(device.rank_id) for device in server.devices)
 
@@ -105,7 +110,7 @@ def _servers_in_order(table: RankTable) -> list[Server]:
     wrong = [server for n, server in enumerate(servers) if ranks(server) != list(range(n * size, (n + 1) * size))]
     if wrong:
         raise JobError(f"{table.source}: server {wrong[0].server_id} has ranks "
-                       f"{', '.join(map(str, ranks(wrong[0])))}; msrun wants {size} on every server, counted on from "
+                       f"{', '.join(map(str, ranks(wrong[0])))}; expected {size} on every server, counted on from "
                        "server to server; `glm3kit rank-table merge` writes such a table, and data_parallel x "
                        "tensor_parallel must use every server as much")
     return servers
@@ -119,7 +124,7 @@ def _find_node(servers: list[Server], environ: Mapping[str, str], addresses: Col
     found = [n for n, server in enumerate(servers) if {server.server_id, server.host_ip} & own]
     if len(found) == 1:
         return found[0], "its address in the table"
-    index, hosts = environ.get("VC_TASK_INDEX", ""), _worker_hosts(environ)
+    index, hosts = environ.get("VC_TASK_INDEX", ""), worker_hosts(environ)
     if index.isdecimal() and int(index) < len(servers) == len(hosts):
         return int(index), "VC_TASK_INDEX"
     names = ", ".join(server.host_ip or server.server_id for server in servers)
@@ -128,14 +133,14 @@ def _find_node(servers: list[Server], environ: Mapping[str, str], addresses: Col
                    f"it for {len(servers)} servers; give --node-rank, from 0 in the order of the ranks")
 
 
-def _worker_hosts(environ: Mapping[str, str]) -> list[str]:
+def worker_hosts(environ: Mapping[str, str]) -> list[str]:
     """The machines of a ModelArts training job, the master first."""
     return [host.strip() for host in environ.get("VC_WORKER_HOSTS", "").split(",") if host.strip()]
 
 
-def _find_master(servers: list[Server], environ: Mapping[str, str], source: str) -> tuple[str, str]:
+def find_master(servers: list[Server], environ: Mapping[str, str], source: str) -> tuple[str, str]:
     """An address or name of the machine where the scheduler runs, and from what it is known."""
-    hosts = _worker_hosts(environ)
+    hosts = worker_hosts(environ)
     if len(hosts) == len(servers):
         return hosts[0], "VC_WORKER_HOSTS"
     for name in (servers[0].host_ip, servers[0].server_id):
@@ -145,25 +150,18 @@ def _find_master(servers: list[Server], environ: Mapping[str, str], source: str)
                    "every machine reaches with --master")
 
 
-def _is_own(host: str, addresses: Collection[str]) -> bool:
-    try:
-        return any(place[0] in addresses for *_, place in socket.getaddrinfo(host, None))
-    except OSError:  # a name that has no address yet, such as that of a pod that is starting
-        return False
-
-
 def _place(servers: list[Server], source: str, environ: Mapping[str, str], addresses: Collection[str],
            node_rank: int | None, master: str | None) -> tuple[int, str, str, list[str]]:
-    """This machine's place among several: node rank, master, own address, and from what they are known."""
+    """This machine's place among several: node rank, master's and own address, and from what they are known."""
     if node_rank is None:
         node_rank, why = _find_node(servers, environ, addresses, source)
     else:
         why = "--node-rank"
-    host, whence = (master, "--master") if master else _find_master(servers, environ, source)
-    server = servers[node_rank]
+    host, whence = (master, "--master") if master else find_master(servers, environ, source)
+    server, address = servers[node_rank], address_of(host)
     listed = sorted({server.server_id, server.host_ip} & set(addresses))
-    own = listed[0] if listed else environ.get("MA_CURRENT_IP") or _route_address(host)
-    return node_rank, host, own, [
+    own = listed[0] if listed else environ.get("MA_CURRENT_IP") or _route_address(address)
+    return node_rank, address, own, [
         f"this machine: {server.server_id}, node {node_rank} of {len(servers)} (from {why}), reached at {own}",
         f"master: {host} (from {whence})"]
 
@@ -178,7 +176,7 @@ def plan_run(table: RankTable, environ: Mapping[str, str] = os.environ, addresse
     if the port is in use.
     """
     addresses = own_addresses() if addresses is None else addresses
-    servers = _servers_in_order(table)
+    servers = servers_in_order(table)
     nodes = len(servers)
     if node_rank is not None and not 0 <= node_rank < nodes:
         raise JobError(f"--node-rank {node_rank}: {table.source} has {nodes} server(s); expected 0 to {nodes - 1}")
@@ -187,7 +185,7 @@ def plan_run(table: RankTable, environ: Mapping[str, str] = os.environ, addresse
         port = port or free_port()
     else:
         node_rank, host, own, reasons = _place(servers, table.source, environ, addresses, node_rank, master)
-        port, schedules = port or MASTER_PORT, _is_own(host, addresses)
+        port, schedules = port or MASTER_PORT, host in addresses
         reasons.append(f"scheduler: {'here' if schedules else f'on {host}, by the same command there'}, port {port}")
     if schedules:
         refuse_busy_port(host, port)
@@ -196,67 +194,3 @@ def plan_run(table: RankTable, environ: Mapping[str, str] = os.environ, addresse
     reasons = [f"devices: {table.source}, {table.rank_size} on {nodes} machine(s)", *reasons, f"ranks here: {ranks}"]
     return Plan(table.rank_size, tuple(device.device_id for device in devices), node_rank, nodes, host, port, schedules,
                 own, tuple(reasons))
-
-
-def msrun_command(plan: Plan, log_folder: Path, command: list[str]) -> list[str]:
-    """The call of msrun that starts `python command...` once a rank of this machine, with logs rank_N.log."""
-    # msrun takes the interpreter from PATH and knows it by one of two names
-    python = "python" if (Path(sys.executable).parent / "python").exists() else "python3"
-    node = [f"--node_rank={plan.node_rank}"] if plan.nodes > 1 else []
-    return [sys.executable, "-m", "mindspore.parallel.cluster.run", f"--worker_num={plan.ranks}",
-            f"--local_worker_num={len(plan.devices)}", *node, f"--master_addr={plan.master}",
-            f"--master_port={plan.port}", f"--log_dir={log_folder}", "--worker_log_name=rank",
-            f"--cluster_time_out={CLUSTER_TIMEOUT_S}",
-            f"--tail_worker_log={plan.ranks}",  # no such rank: no `tail` processes
-            "--join=True", python, *command]
-
-
-def joining_variables(environ: Mapping[str, str], root: str | Path = "/") -> dict[str, str]:
-    """What a process that a platform started as one of several needs to meet the others; {} for any other process.
-
-    ModelArts' preset engines start the boot file once a card, with RANK_ID, RANK_SIZE, ASCEND_DEVICE_ID and
-    RANK_TABLE_FILE. MindSpore's own start-up from a rank table is deprecated and wants version "1.0"; so the processes
-    meet at a scheduler instead, as under msrun, which rank 0 must start.
-    Raises JobError if the variables do not fit each other.
-    """
-    if "MS_ROLE" in environ or environ.get("RANK_SIZE", "1") == "1":
-        return {}
-    rank, size = environ.get("RANK_ID", ""), environ["RANK_SIZE"]
-    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
-        raise JobError(f"RANK_ID is '{rank}', RANK_SIZE '{size}'; expected numbers, the first below the second; "
-                       "`glm3kit launch` sets them")
-    path, hosts = find_rank_table(environ, root), _worker_hosts(environ)
-    master = hosts[0] if hosts else "127.0.0.1"
-    if path and not hosts:
-        table = wait_for_rank_table(path)
-        if len(table.servers) > 1:
-            master, _ = _find_master(_servers_in_order(table), environ, table.source)
-    device = environ.get("DEVICE_ID") or environ.get("ASCEND_DEVICE_ID")
-    return {"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": size, "MS_NODE_ID": rank, "MS_SCHED_HOST": master,
-            "MS_SCHED_PORT": environ.get("MS_SCHED_PORT", str(MASTER_PORT))} | ({"DEVICE_ID": device} if device else {})
-
-
-@contextmanager
-def joined() -> Iterator[None]:
-    """Wrap the work of a rank: under a launcher that has not done so, set what it needs to meet the others.
-
-    Rank 0 starts the scheduler as a process of its own, which runs the same command as under msrun. It ends by itself
-    once every rank has left, so nobody waits for it here; where rank 0 fails it is ended, and the others hear of it.
-    """
-    variables = joining_variables(os.environ)
-    if not variables:
-        yield
-        return
-    os.environ.update(variables)
-    os.environ.pop("RANK_TABLE_FILE", None)  # with it MindSpore would start up from the table
-    if variables["MS_NODE_ID"] != "0":
-        yield
-        return
-    refuse_busy_port(variables["MS_SCHED_HOST"], int(variables["MS_SCHED_PORT"]))
-    scheduler = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=os.environ | {"MS_ROLE": "MS_SCHED"},
-                                 stdin=subprocess.DEVNULL)
-    try:
-        yield
-    except BaseException:
-        scheduler.kill()
-        raise

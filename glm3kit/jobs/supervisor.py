@@ -1,16 +1,13 @@
 """The detached process behind a job: starts its ranks, watches them, and writes what became of them to job.json.
 
-One rank is started directly, several by msrun, MindSpore's launcher (`mindspore/parallel/cluster`). Of msrun only the
-starting is used. Its exit code is 0 after an interruption and comes 30 s late after a failure, and on SIGTERM it leaves
-its workers behind. So the verdict is taken from the records that the ranks leave (`rank_process` in job.py), and what
-is left of a job is found and ended here.
+Ranks, and the scheduler where several of them meet, are its children, so it sees how each of them ends. A rank that was
+done with its work has said so in a record (`rank_process` in process.py), as has one that ended by an error.
 
     python -m glm3kit.jobs.supervisor output/run PLAN -m glm3kit train output/run/config.yaml  # PLAN: as JSON
 """
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -20,27 +17,23 @@ import traceback
 from dataclasses import asdict
 from pathlib import Path
 
-import psutil
-
 from glm3kit.checkpoint.folder import clear_unfinished
 from glm3kit.config.groups import load_config
 from glm3kit.files import atomic_write
 from glm3kit.jobs.diagnosis import diagnose
-from glm3kit.jobs.heartbeat import Watch
-from glm3kit.jobs.job import JOB_VARIABLE, STACKS_SIGNAL, end_processes, is_running, last_lines, now, process_mark
-from glm3kit.jobs.plan import Plan, msrun_command
+from glm3kit.jobs.environment import process_variables
+from glm3kit.jobs.plan import Plan
+from glm3kit.jobs.process import JOB_VARIABLE, STACKS_SIGNAL, Watch, end_processes, last_lines, now, process_mark
 
 POLL_S = 0.2
-GRACE_S = 3  # for a rank that failed to print its traceback, for msrun (which looks once a second) to log an exit code
-TEARDOWN_S = 30  # for a rank that is done with its work to leave the cluster
+GRACE_S = 3  # for a rank that failed to print its traceback, for a rank's own words where the scheduler failed
+TEARDOWN_S = 30  # for ranks that are done with their work to leave the cluster, and for the scheduler to see it
 SIGN_OF_LIFE_S = 10  # between two touches of job.json, for readers on other machines
 LOG_LINES = 20
 
 
-def describe_exit(code: int | None) -> str:
-    """What an exit code says about the end of a rank; None where nobody saw it."""
-    if code is None:
-        return "ended without a word"
+def describe_exit(code: int) -> str:
+    """What an exit code says about the end of a rank."""
     if code >= 0:
         return f"ended with exit code {code} before its work was done"
     try:
@@ -55,21 +48,22 @@ class Supervisor:
     """One run of one job. `run` returns when everything that was started has ended."""
 
     def __init__(self, folder: Path, plan: Plan, command: list[str], hang_timeout_s: float | None) -> None:
-        self.folder, self.plan, self.command = folder, plan, command
+        self.folder, self.plan, self.command = folder, plan, [sys.executable, *command]
         self.stopping = False
-        self.launcher: subprocess.Popen | None = None
-        self.launcher_name = "msrun" if plan.ranks > 1 else "rank_0"
+        self.children: dict[str, subprocess.Popen] = {}
         self.names = [f"rank_{rank}" for rank in plan.local_ranks]
-        self.expected = {*self.names, *(["scheduler"] if plan.ranks > 1 and plan.schedules else [])}
-        self.suspected: dict[str, float] = {}  # name -> when it was first seen to have failed
-        self.culprit: str | None = None  # what ended by itself, without a word
+        self.working = set(self.names)  # ranks that are not done with their work
+        # What has failed: whether it yields to others as the cause, when it ended, its name, how it ended.
+        self.failed: dict[str, tuple[bool, str, str, str]] = {}
+        self.suspected: dict[str, float] = {}  # name -> when it was first taken for the cause
+        self.looked = now()
         self.heartbeats = Watch(folder, self.names, hang_timeout_s)
         self.written, self.touched = "", 0.0  # the content of job.json, and when it was touched
         self.state: dict = {
             "state": "starting", "reason": None, "started": now(), "ended": None, "rank_size": plan.ranks,
             "host": socket.gethostname(), "plan": asdict(plan),
             "processes": {"supervisor": process_mark(os.getpid())}, "exit_codes": dict.fromkeys(self.names),
-            "command": [sys.executable, *command],
+            "command": self.command,
         }
 
     def write(self, **changes: object) -> None:
@@ -84,98 +78,52 @@ class Supervisor:
             self.touched = time.monotonic()
 
     def start(self) -> None:
-        """Start the rank, or msrun for several."""
+        """Start what the launch plan has for this machine."""
         log_folder = self.folder / "log"
-        environment = os.environ | {JOB_VARIABLE: str(self.folder)}
-        command = [sys.executable, *self.command]
-        if self.plan.ranks > 1:
-            command = msrun_command(self.plan, log_folder, self.command)
-        with (log_folder / f"{self.launcher_name}.log").open("wb") as output:
-            # MindSpore leaves rank_N/ and kernel_meta/ in the working folder
-            self.launcher = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                             env=environment, cwd=log_folder)
-        self.state["processes"][self.launcher_name] = process_mark(self.launcher.pid)
+        for name, variables in process_variables(self.plan).items():
+            environment = os.environ | {JOB_VARIABLE: str(self.folder)} | variables
+            with (log_folder / f"{name}.log").open("wb") as output:
+                # MindSpore leaves rank_N/ and kernel_meta/ in the working folder
+                child = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                                         env=environment, cwd=log_folder)
+            self.children[name] = child
+            self.state["processes"][name] = process_mark(child.pid)
 
-    def look(self) -> dict[str, dict]:
-        """Find new processes; returns the records that ranks and scheduler have left."""
-        processes = self.state["processes"]
-        if self.plan.ranks > 1 and not processes.keys() >= self.expected:
-            for child in self._children():
-                try:
-                    variables = child.environ()
-                    name = {"MS_SCHED": "scheduler", "MS_WORKER": f"rank_{variables.get('RANK_ID')}"}.get(
-                        variables.get("MS_ROLE", ""))
-                    if name and name not in processes:
-                        processes[name] = {"pid": child.pid, "create_time": child.create_time()}
-                except psutil.Error:  # ended before we looked
-                    continue
-        records = {}
-        for name in (*self.names, "scheduler"):
+    def look(self) -> None:
+        """Take in which processes have ended, and what they have said of it."""
+        codes = {name: child.poll() for name, child in self.children.items()}  # first: a record comes before the end
+        before, self.looked = self.looked, now()
+        for name, code in codes.items():
             path = self.folder / "log" / f"{name}.json"
-            if path.exists():
-                records[name] = json.loads(path.read_text(encoding="utf-8"))
-                processes.setdefault(name, process_mark(records[name]["pid"]))
-                if name in self.names:
-                    self.state["exit_codes"][name] = records[name].get("exit_code")
-        return records
-
-    def _children(self) -> list[psutil.Process]:
-        try:
-            return psutil.Process(self.launcher.pid).children()
-        except psutil.Error:
-            return []
+            record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            said = record.get("exit_code")
+            if name in self.names:
+                self.state["exit_codes"][name] = said if code is None or said == 0 else code
+            if said == 0:  # it has succeeded, however it leaves the cluster
+                self.working.discard(name)
+            elif said:  # the scheduler also fails when it misses a rank
+                how = f"failed with exit code {said}: {record['error']}"
+                self.failed.setdefault(name, (name == "scheduler", record["ended"], name, how))
+            elif code is not None:  # it may have ended right after the look before this one
+                self.failed.setdefault(name, (False, before, name, describe_exit(code)))
 
     def failure(self) -> str | None:
-        """Why the job has failed, or None. Of several ranks that ended, the first is the cause of the others' end."""
-        # In this order: what is gone before msrun tells of a failure was not ended by msrun; and a rank leaves its
-        # record before it goes.
-        gone = [name for name, mark in self.state["processes"].items() if not is_running(mark)]
-        codes, records = self.exit_codes(), self.look()
-        unfinished = [name for name in (*self.names, "scheduler") if "exit_code" not in records.get(name, {})]
-        failed = [name for name, record in records.items() if record.get("exit_code")]
-        if not failed and unfinished in ([], ["scheduler"]):  # it ends without a record once the ranks are done
+        """Why the job has failed, or None. Of several that ended, the first is the cause of the others' end."""
+        if not self.failed or not self.working:  # once the ranks are done the scheduler ends without a record
             return None
-        silent = [name for name in unfinished if name in gone]
-        if not codes and self.culprit not in unfinished:
-            # The scheduler may end without a record because a rank has failed; it is the cause where none has.
-            self.culprit = next((name for name in silent if name in self.names or not failed), None)
-        own_death = [name for name in unfinished if name in codes or name == self.culprit]
-        by_time = sorted(failed, key=lambda name: (name == "scheduler", records[name]["ended"]))
-        name = next(iter(own_death + by_time + silent), None)
-        if name is None:
-            return None if "msrun" not in codes else self._reason(
-                "msrun", f"ended with exit code {codes['msrun']} before the ranks did")
-        if name not in (gone if name in failed else codes) and not self._waited(name):
-            return None
-        if name in failed:
-            return self._reason(name, f"failed with exit code {records[name]['exit_code']}: {records[name]['error']}")
-        if name in self.names:
-            self.state["exit_codes"][name] = codes.get(name)
-        return self._reason(name, describe_exit(codes.get(name)))
+        *_, name, how = min(self.failed.values())
+        known = name != "scheduler" and self.children[name].poll() is not None
+        since = self.suspected.setdefault(name, time.monotonic())
+        return self._reason(name, how) if known or time.monotonic() - since > GRACE_S else None
 
     def hang(self) -> str | None:
         """Which rank has made no step for too long, or None; what each rank is doing then goes to its log."""
-        processes = self.state["processes"]
-        if not (found := self.heartbeats.silent(processes)):
+        if not (found := self.heartbeats.silent(self.state["processes"])):
             return None
         for name in self.names:
-            if is_running(processes.get(name)):
-                os.kill(processes[name]["pid"], STACKS_SIGNAL)
+            self.children[name].send_signal(STACKS_SIGNAL)
         time.sleep(1)
         return self._reason(*found)
-
-    def _waited(self, name: str) -> bool:
-        """Whether a process was first suspected long enough ago for all about its end to be known."""
-        return time.monotonic() - self.suspected.setdefault(name, time.monotonic()) > GRACE_S
-
-    def exit_codes(self) -> dict[str, int]:
-        """Exit codes as the parent saw them: this process, or msrun, which logs that of the first rank to fail."""
-        code = self.launcher.poll()
-        codes = {} if code is None else {self.launcher_name: code}
-        lines = last_lines(self.folder / "log" / "msrun.log", 200)
-        by_pid = dict(re.findall(r"Worker process (\d+) exit with exception. Error code: (-?\d+)", lines))
-        return codes | {name: int(by_pid[str(mark["pid"])]) for name, mark in self.state["processes"].items()
-                        if mark and str(mark["pid"]) in by_pid}
 
     def _reason(self, name: str, what: str) -> str:
         who = f"rank {name[5:]} of {self.plan.ranks}" if name in self.names else name
@@ -186,9 +134,10 @@ class Supervisor:
     def watch(self) -> tuple[str, str | None]:
         """Wait for the end of the ranks -> the final state and its reason."""
         while not self.stopping:
+            self.look()
             if reason := self.failure() or self.hang():
                 return "failed", reason
-            if all(code == 0 for code in self.state["exit_codes"].values()):
+            if not self.working:
                 return "succeeded", None
             started = all((self.folder / "log" / f"{name}.json").exists() for name in self.names)
             self.write(state="running" if started else "starting")
@@ -201,7 +150,7 @@ class Supervisor:
             self.start()
             state, reason = self.watch()
             deadline = time.monotonic() + (TEARDOWN_S if state == "succeeded" else 0)
-            while time.monotonic() < deadline and any(is_running(self.state["processes"].get(n)) for n in self.names):
+            while time.monotonic() < deadline and any(child.poll() is None for child in self.children.values()):
                 time.sleep(POLL_S)
         except Exception:  # nobody else would hear of it: this process has no parent
             state, reason = "failed", f"the supervisor itself failed:\n{traceback.format_exc()}"

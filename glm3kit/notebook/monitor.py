@@ -20,8 +20,10 @@ import ipywidgets as widgets
 
 from glm3kit.config.groups import load_config
 from glm3kit.errors import Glm3KitError
-from glm3kit.jobs.job import LIVE, Job, NewRecords, elsewhere, is_running
+from glm3kit.jobs.job import LIVE, Job, elsewhere
 from glm3kit.jobs.launch import launch
+from glm3kit.jobs.metrics import NewRecords
+from glm3kit.jobs.process import is_running
 
 REFRESH_S = 2
 SPEED_STEPS = 20  # over which step times are averaged

@@ -22,9 +22,8 @@ from glm3kit.config.groups import RunConfig, TrainConfig
 from glm3kit.data.batches import Batches
 from glm3kit.data.encode import prepare_data
 from glm3kit.errors import CheckpointError, DataError, JobError
-from glm3kit.jobs.heartbeat import Heartbeat
-from glm3kit.jobs.job import JOB_VARIABLE
 from glm3kit.jobs.metrics import MetricsWriter, flops_per_token, format_step_line
+from glm3kit.jobs.process import JOB_VARIABLE, Heartbeat
 from glm3kit.model.adapter import set_key
 from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.model.held_out import HeldOutLoss

@@ -9,13 +9,14 @@ import nbformat
 import pytest
 from playwright.sync_api import expect
 
-from glm3kit.jobs.job import Job, job_processes
+from glm3kit.jobs.job import Job
+from glm3kit.jobs.process import job_processes
 
 pytestmark = pytest.mark.browser
 
 RANK = """
 import json, pathlib, sys, time
-from glm3kit.jobs.job import rank_process
+from glm3kit.jobs.process import rank_process
 
 folder = pathlib.Path(sys.argv[1])
 with rank_process(folder), open(folder / "metrics.jsonl", "w") as metrics:

@@ -1,24 +1,24 @@
 """Launching: which devices a run gets, what its ranks inherit, what is refused before anything starts."""
 
+import functools
 import json
-import os
 import shlex
 import subprocess
 import sys
 from threading import Timer
 
 import pytest
+from jobs.scripted import RANK, make_config, nothing_runs
+from support import until
 
+import glm3kit.jobs.launch
+import glm3kit.setup.rank_table
 from glm3kit.config.groups import RunConfig, load_config
 from glm3kit.errors import JobError, RankTableError
-from glm3kit.jobs.launch import choose_rank_table, launch, plan_launch, rank_environment, start_job, visible_devices
-from glm3kit.jobs.plan import msrun_command, plan_run
+from glm3kit.jobs.job import Job
+from glm3kit.jobs.launch import choose_rank_table, launch, plan_launch, start_job
+from glm3kit.jobs.plan import free_port
 from glm3kit.setup.rank_table import Device, RankTable, Server, local_rank_table
-
-
-def make_config(folder, ranks=1, **more):
-    parallel = {"data_parallel": ranks, "device_target": "CPU"} | more
-    return RunConfig(name="job", output_dir=str(folder), parallel=parallel)
 
 
 def test_too_few_devices_are_refused_with_both_numbers_and_nothing_is_written(tmp_path):
@@ -45,7 +45,8 @@ def test_a_launch_waits_for_the_table_that_a_platform_is_filling(tmp_path, monke
     table = tmp_path / "jobstart_hccl.json"
     table.write_text('{"status": "initializing"}')
     monkeypatch.setenv("RANK_TABLE_FILE", str(tmp_path))
-    monkeypatch.setattr("glm3kit.setup.rank_table.POLL_S", 0.05)
+    often = functools.partial(glm3kit.setup.rank_table.wait_for_rank_table, poll_s=0.05)
+    monkeypatch.setattr("glm3kit.jobs.launch.wait_for_rank_table", often)
     filling = Timer(0.3, table.write_text, [group_form(2)])
     filling.start()
     start = plan_launch(make_config(tmp_path, 2, device_target="auto"))
@@ -63,15 +64,6 @@ def test_a_process_that_a_platform_started_once_a_device_launches_nothing(tmp_pa
 def two_servers():
     return RankTable((Server("10.0.0.1", (Device("0", "192.1.0.1", "0"),)),
                       Server("10.0.0.2", (Device("0", "192.1.0.2", "1"),))))
-
-
-def test_between_machines_the_ranks_talk_from_the_address_that_the_others_know():
-    plan = plan_run(two_servers(), {}, {"10.0.0.2", "172.17.0.1"})
-    environment = rank_environment(plan, "CPU", {})
-    assert environment["MS_WORKER_IP"] == environment["HCCL_IF_IP"] == "10.0.0.2"
-    by_hand = rank_environment(plan, "CPU", {"HCCL_SOCKET_IFNAME": "eth1", "MS_WORKER_IP": "10.9.0.2"})
-    assert by_hand["MS_WORKER_IP"] == "10.9.0.2" and "HCCL_IF_IP" not in by_hand
-    assert not {"MS_WORKER_IP", "HCCL_IF_IP"} & rank_environment(plan_run(local_rank_table(2)), "CPU", {}).keys()
 
 
 def test_the_second_machine_has_a_folder_of_its_own_inside_of_the_runs(tmp_path, monkeypatch):
@@ -98,22 +90,44 @@ def test_a_machine_without_any_of_the_ranks_asked_for_launches_nothing(tmp_path,
     assert choose_rank_table(make_config(tmp_path, 1), two_servers()).rank_size == 1
 
 
-def test_the_report_and_the_shell_lines_say_what_would_run(tmp_path, monkeypatch):
+def environments(folder):
+    """What the processes of a job have printed, without what a shell adds."""
+    found = {name: json.loads((folder / f"log/{name}.log").read_text()) for name in ("scheduler", "rank_0", "rank_1")}
+    for environment in found.values():
+        for name in ("_", "SHLVL", "PWD", "OLDPWD", "LINES", "COLUMNS"):
+            environment.pop(name, None)
+    return found
+
+
+SHOW = """
+import json, os, sys
+from glm3kit.jobs.process import rank_process
+with rank_process(sys.argv[1]):
+    print(json.dumps(dict(os.environ)))
+"""
+
+
+def test_the_report_and_the_shell_lines_say_what_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK_TABLE_FILE", "of another launcher")
-    start = plan_launch(make_config(tmp_path / "my folder", 2), local_rank_table(2), port=9321)
+    start = plan_launch(make_config(tmp_path / "my folder", 2), local_rank_table(2), port=free_port())
     assert "devices: local rank table, 2 on 1 machine(s)" in start.report()
     assert "ranks here: 0 on device 0, 1 on device 1" in start.report()
-    *settings, folder, command = start.shell().splitlines()
-    assert "unset RANK_TABLE_FILE" in settings
-    assert shlex.split(command) == msrun_command(start.plan, start.folder / "log", start.rank_command)
-    # a shell that runs these lines has the environment that the ranks get
-    show = f"{shlex.quote(sys.executable)} -c 'import json, os; print(json.dumps(dict(os.environ)))'"
-    script = "\n".join([*settings, show])
-    shell = json.loads(subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True).stdout)
-    expected = start.environment | {"GLM3KIT_JOB": str(start.folder)}
-    expected.pop("_", None)  # a shell's own: the program that it runs
-    assert {key: shell.get(key) for key in expected} == expected
+    lines = start.shell()
+    assert "unset RANK_TABLE_FILE" in lines.splitlines()
+    assert lines.count(shlex.join([sys.executable, *start.rank_command])) == 3, "a scheduler, two ranks"
     assert not (tmp_path / "my folder").exists(), "nothing was started"
+
+    # A shell that runs these lines gives each process the environment that it has in the job.
+    (tmp_path / "show.py").write_text(SHOW)
+    command = [str(tmp_path / "show.py"), str(start.folder)]
+    job = start_job(start, command=command).wait(60)
+    in_job = environments(job.folder)
+    assert [in_job[name].get("MS_NODE_ID") for name in in_job] == [None, "0", "1"]
+    for log in (job.folder / "log").glob("*.log"):
+        log.unlink()
+    script = lines.replace(shlex.join(start.rank_command), shlex.join(command))
+    subprocess.run(["bash", "-c", script], check=True)
+    assert environments(job.folder) == in_job
 
 
 def test_the_platforms_table_is_used_unless_the_run_is_for_the_cpu(tmp_path):
@@ -139,40 +153,6 @@ def test_without_a_table_the_cards_of_the_machine_are_counted(tmp_path):
         choose_rank_table(either, environ={}, root=tmp_path)
 
 
-def table_of(*device_ids):
-    return RankTable((Server("a", tuple(Device(str(d), "", str(n)) for n, d in enumerate(device_ids))),))
-
-
-def test_other_cards_than_the_first_are_made_visible_by_their_place():
-    assert visible_devices(("0", "1"), [0, 1, 2, 3]) is None
-    assert visible_devices(("4", "5"), list(range(8))) == "4,5"
-    assert visible_devices(("4", "5"), [4, 5]) is None  # a container that was given these two
-    assert visible_devices(("6", "4"), [4, 5, 6]) == "2,0"
-    assert visible_devices(("9",), [0]) is None  # numbers of another host: leave it to the runtime
-
-
-def test_ranks_share_the_cores_and_forget_other_launchers(tmp_path):
-    caller = {"RANK_TABLE_FILE": "x", "MS_ROLE": "MS_WORKER", "RANK_ID": "3", "HOME": "/root"}
-    environment = rank_environment(plan_run(local_rank_table(2)), "CPU", caller)
-    assert not environment.keys() & {"RANK_TABLE_FILE", "MS_ROLE", "RANK_ID"}
-    assert environment["HOME"] == "/root"
-    assert environment["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
-    assert rank_environment(plan_run(local_rank_table(2)), "CPU", {"OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"
-    (tmp_path / "dev").mkdir()
-    for card in range(4):
-        (tmp_path / f"dev/davinci{card}").touch()
-    on_cards = rank_environment(plan_run(table_of(2, 3)), "Ascend", {}, tmp_path)
-    assert on_cards["ASCEND_RT_VISIBLE_DEVICES"] == "2,3" and "OMP_NUM_THREADS" not in on_cards
-
-
-def test_msrun_is_asked_for_one_process_a_device_on_this_machine(tmp_path):
-    command = msrun_command(plan_run(local_rank_table(8), port=4567), tmp_path,
-                            ["-m", "glm3kit", "train", "config.yaml"])
-    assert not [word for word in command if word.startswith("--node_rank")]
-    assert {"--worker_num=8", "--local_worker_num=8", "--master_port=4567", f"--log_dir={tmp_path}"} <= set(command)
-    assert command[-5:] == ["python", "-m", "glm3kit", "train", "config.yaml"]
-
-
 def test_the_saved_configuration_means_the_same_in_another_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = RunConfig(output_dir="output", data={"train_path": "train.json"}, model={"tokenizer_path": "tok.model"})
@@ -192,3 +172,37 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(JobError, match="cannot be written"):
         launch(make_config(tmp_path / "file"))
+
+
+def test_a_second_job_in_the_same_folder_is_refused_while_the_first_runs(start):
+    start("sleep")
+    for overwrite in (False, True):
+        with pytest.raises(JobError, match="a job is running here"):
+            start("succeed", overwrite=overwrite)
+
+
+def test_an_earlier_run_is_kept_unless_overwriting_is_asked_for(start, tmp_path):
+    job = start("train").wait(30)
+    (job.folder / "checkpoint/step_2").mkdir(parents=True)
+    (job.folder / "notes.txt").write_text("mine")
+    with pytest.raises(JobError, match=r"holds an earlier run \(job.json, metrics.jsonl, checkpoint\); give"):
+        start("succeed")
+    assert (job.folder / "checkpoint/step_2").exists()
+    start("succeed", overwrite=True).wait(30)
+    assert not (job.folder / "checkpoint").exists() and not (job.folder / "metrics.jsonl").exists()
+    assert (job.folder / "notes.txt").exists()
+
+
+def test_interrupting_the_waiting_launch_stops_the_job(start, tmp_path, monkeypatch):
+    def interrupted(job, **_):
+        until(lambda: job.state()["state"] == "running")
+        raise KeyboardInterrupt
+
+    (tmp_path / "rank.py").write_text(RANK)
+    command = [str(tmp_path / "rank.py"), str(tmp_path / "job"), "sleep", "0"]
+    monkeypatch.setattr(glm3kit.jobs.launch, "start_job", functools.partial(start_job, command=command))
+    monkeypatch.setattr(Job, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        launch(make_config(tmp_path))
+    job = Job.attach(tmp_path / "job")
+    assert job.state()["state"] == "stopped" and nothing_runs(job)

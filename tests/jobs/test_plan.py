@@ -1,19 +1,13 @@
-"""Which part of a run is a machine's: from the table, from ModelArts' variables, by hand; ports; joining a run."""
+"""Which part of a run is a machine's: from the table, from ModelArts' variables, by hand; ports."""
 
-import json
 import os
 import re
 import socket
-import subprocess
-import sys
-import time
 
 import pytest
-from support import ROOT
 
 from glm3kit.errors import JobError
-from glm3kit.jobs.job import is_running, process_mark
-from glm3kit.jobs.plan import free_port, joining_variables, msrun_command, own_addresses, plan_run
+from glm3kit.jobs.plan import free_port, own_addresses, plan_run
 from glm3kit.setup.rank_table import Device, RankTable, Server, local_rank_table
 
 HOSTS = ("10.0.0.1", "10.0.0.2", "10.0.0.3")
@@ -75,6 +69,11 @@ def test_what_is_given_by_hand_counts():
     assert (here.node_rank, here.master, here.port, here.own_address) == (1, "192.168.7.7", 7000, "192.168.7.8")
 
 
+def test_a_master_that_is_given_by_name_is_known_by_its_address():
+    here = plan(table_of(1, 1), node_rank=0, master="localhost", port=free_port())
+    assert here.master in ("127.0.0.1", "::1") and any("master: localhost (from --master)" in r for r in here.reasons)
+
+
 def test_without_a_listed_address_the_one_towards_the_master_is_taken():
     assert plan(table_of(1, 1), node_rank=1, master="127.0.0.1", port=free_port()).own_address == "127.0.0.1"
     with pytest.raises(JobError, match="the master no.such.host.invalid cannot be reached from here"):
@@ -88,7 +87,7 @@ def test_without_a_listed_address_the_one_towards_the_master_is_taken():
     (table_of(1, 1, names=("127.0.0.1", "10.0.0.2")), [], {}, "which of its servers"),
     (table_of(1, 1), ["10.0.0.1"], {"node_rank": 2}, "--node-rank 2: rank table has 2 server(s); expected 0 to 1"),
     (table_of(1, 1, names=("a", "b")), [], {"node_rank": 0}, "the first server is called a, which is no address"),
-    (table_of(2, 1), ["10.0.0.1"], {}, "server 10.0.0.2 has ranks 2; msrun wants 2 on every server"),
+    (table_of(2, 1), ["10.0.0.1"], {}, "server 10.0.0.2 has ranks 2; expected 2 on every server"),
 ])
 def test_what_cannot_be_decided_is_asked_for(table, addresses, more, message):
     with pytest.raises(JobError, match=re.escape(message)):
@@ -98,7 +97,7 @@ def test_what_cannot_be_decided_is_asked_for(table, addresses, more, message):
 def test_ranks_that_change_between_servers_are_refused():
     servers = (Server("10.0.0.1", (Device("0", "1.0.0.1", "0"), Device("1", "1.0.0.2", "2"))),
                Server("10.0.0.2", (Device("0", "1.0.0.3", "1"), Device("1", "1.0.0.4", "3"))))
-    with pytest.raises(JobError, match="server 10.0.0.1 has ranks 0, 2; msrun wants 2 on every server, counted on"):
+    with pytest.raises(JobError, match="server 10.0.0.1 has ranks 0, 2; expected 2 on every server, counted on"):
         plan(RankTable(servers), "10.0.0.1")
 
 
@@ -114,85 +113,3 @@ def test_a_busy_port_is_explained_before_anything_starts():
 
 def test_own_addresses_are_those_of_the_interfaces():
     assert "127.0.0.1" in own_addresses()
-
-
-def test_msrun_is_told_the_place_of_a_machine_among_several(tmp_path):
-    here = plan(table_of(2, 2), "10.0.0.2", port=9000)
-    command = msrun_command(here, tmp_path, ["-m", "glm3kit", "train", "config.yaml"])
-    assert {"--worker_num=4", "--local_worker_num=2", "--node_rank=1", "--master_addr=10.0.0.1",
-            "--master_port=9000"} <= set(command)
-
-
-# Joining the others where a platform has started the processes
-
-
-def wait_until(condition, timeout_s):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
-
-
-PRESET = {"RANK_ID": "9", "RANK_SIZE": "16", "ASCEND_DEVICE_ID": "1"}
-
-
-def test_a_process_started_by_the_platform_joins_the_others(tmp_path):
-    table = tmp_path / "jobstart_hccl.json"
-    table_of(8, 8).save(table)
-    joined = joining_variables(PRESET | {"RANK_TABLE_FILE": str(table)})
-    assert joined == {"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": "16", "MS_NODE_ID": "9", "DEVICE_ID": "1",
-                      "MS_SCHED_HOST": "10.0.0.1", "MS_SCHED_PORT": "8118"}
-    pods = joining_variables(PRESET | {"RANK_TABLE_FILE": str(table), "VC_WORKER_HOSTS": "job-0.job,job-1.job"})
-    assert pods["MS_SCHED_HOST"] == "job-0.job"
-
-
-def test_on_one_machine_they_meet_at_its_loopback_address(tmp_path):
-    table = tmp_path / "jobstart_hccl.json"
-    table_of(8).save(table)
-    assert joining_variables(PRESET | {"RANK_ID": "3", "RANK_SIZE": "8", "RANK_TABLE_FILE": str(table)})[
-        "MS_SCHED_HOST"] == "127.0.0.1"
-
-
-@pytest.mark.parametrize("environ", [{}, {"RANK_SIZE": "1", "RANK_ID": "0"}, PRESET | {"MS_ROLE": "MS_WORKER"}])
-def test_a_single_process_and_one_that_msrun_started_join_nothing_else(environ):
-    assert joining_variables(environ) == {}
-
-
-@pytest.mark.parametrize("change", [{"RANK_ID": ""}, {"RANK_ID": "16"}, {"RANK_SIZE": "many"}])
-def test_a_rank_outside_of_its_size_is_refused(change, tmp_path):
-    with pytest.raises(JobError, match="expected numbers, the first below the second"):
-        joining_variables(PRESET | change, root=tmp_path)
-
-
-@pytest.mark.ranks
-def test_processes_that_a_platform_started_train_together(tmp_path):
-    """A ModelArts training job, played: the platform's variables, a process a card, a table that is still filled."""
-    group = {"pod_name": "job-0", "server_id": "10.0.0.1",
-             "devices": [{"device_id": str(n), "device_ip": f"192.1.0.{n}"} for n in range(2)]}
-    table = tmp_path / "jobstart_hccl.json"
-    table.write_text('{"status": "initializing"}')
-    content = json.dumps({"status": "completed", "group_list": [{"instance_list": [group]}]})
-    command = [sys.executable, "-m", "glm3kit", "train", str(ROOT / "configs/tiny.yaml"), "model.num_layers=1",
-               "model.hidden_size=32", "model.ffn_hidden_size=48", "model.kv_channels=8", "train.batch_size=2",
-               "train.total_steps=2", f"output_dir={tmp_path}"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    variables = os.environ | {"PYTHONPATH": str(ROOT), "RANK_TABLE_FILE": str(table), "RANK_SIZE": "2",
-                              "MS_SCHED_PORT": str(port)}
-    ranks = [subprocess.Popen(command, env=variables | {"RANK_ID": str(n), "ASCEND_DEVICE_ID": str(n)},
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for n in range(2)]
-    try:
-        wait_until(lambda: all((tmp_path / f"tiny/log/rank_{n}.json").exists() for n in range(2)), 120)
-        time.sleep(1)  # both look at the table right after they have said that they start
-        table.write_text(content)
-        said = [rank.communicate(timeout=180)[0] for rank in ranks]  # until the scheduler has ended, too
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], said
-    assert any("initializing" in text for text in said), "they waited for the table"
-    assert len((tmp_path / "tiny/metrics.jsonl").read_text().splitlines()) == 2
-    records = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "tiny/log").glob("*.json")}
-    assert records["rank_0"]["exit_code"] == records["rank_1"]["exit_code"] == 0
-    wait_until(lambda: not is_running(process_mark(records["scheduler"]["pid"])), 30)  # once all ranks have left

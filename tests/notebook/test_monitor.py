@@ -13,8 +13,9 @@ from support import until
 from glm3kit.config.groups import RunConfig
 from glm3kit.errors import JobError
 from glm3kit.files import atomic_write
-from glm3kit.jobs.job import Job, process_mark
+from glm3kit.jobs.job import Job
 from glm3kit.jobs.launch import plan_launch, start_job
+from glm3kit.jobs.process import process_mark
 from glm3kit.notebook.monitor import MonitorView, ProgressReader, duration, ranks_html, state_html, training_monitor
 from glm3kit.setup.rank_table import local_rank_table
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from glm3kit.config.groups import LoraConfig, ModelConfig, TrainConfig, load_config
-from glm3kit.jobs.launch import rank_process
+from glm3kit.jobs.process import rank_process
 from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.model.load import load_weights
 from glm3kit.parallel import Topology, start_processes

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from glm3kit.config.groups import ModelConfig, ParallelConfig
 from glm3kit.errors import ConfigError
-from glm3kit.jobs.launch import rank_process
+from glm3kit.jobs.process import rank_process
 from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.parallel import ALONE, Topology, start_processes
 

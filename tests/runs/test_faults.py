@@ -16,19 +16,19 @@ import time
 from pathlib import Path
 
 import pytest
-from support import ROOT
+from support import ROOT, SMALL, TINY, until
 
 import glm3kit.jobs.launch
 from glm3kit.checkpoint.folder import checkpoints, damage
 from glm3kit.config.groups import load_config
-from glm3kit.jobs.job import Job, is_running, job_processes
+from glm3kit.jobs.job import Job
 from glm3kit.jobs.launch import launch, start_job
+from glm3kit.jobs.process import is_running, job_processes
 
 pytestmark = pytest.mark.ranks
-CHANGES = ("model.num_layers=1", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.kv_channels=8",
-           f"data.train_path={ROOT / 'glm3kit/tiny/train.json'}", "data.max_source_length=16",
-           "data.max_target_length=15", "train.batch_size=2", "train.total_steps=100000", "train.save_steps=5",
-           "train.keep_checkpoints=2", "name=run")
+CHANGES = (*SMALL, f"data.train_path={ROOT / 'glm3kit/tiny/train.json'}", "data.max_source_length=16",
+           "data.max_target_length=15", "train.total_steps=100000", "train.save_steps=5", "train.keep_checkpoints=2",
+           "name=run")
 WITHIN_S = 20  # from the notice of a fault to the end of the job
 BUSY_S = 120  # for what takes ten seconds on an idle machine
 
@@ -36,7 +36,7 @@ BUSY_S = 120  # for what takes ten seconds on an idle machine
 RAISING = '''
 import sys
 from glm3kit.config.groups import load_config
-from glm3kit.jobs.job import rank_process
+from glm3kit.jobs.process import rank_process
 from glm3kit.train.run import Trainer, run_rank
 
 advance, steps = Trainer.advance, []
@@ -54,14 +54,6 @@ with rank_process(config.job_dir):
 '''
 
 
-def until(condition, timeout_s=BUSY_S):
-    deadline = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-    return found
-
-
 class Run:
     """The job that the tests share, and how to go on with it."""
 
@@ -70,7 +62,7 @@ class Run:
         self.job = Job(self.folder)
 
     def config(self, *changes: str):
-        return load_config(ROOT / "configs" / "tiny.yaml", [*CHANGES, f"output_dir={self.folder.parent}", *changes])
+        return load_config(TINY, [*CHANGES, f"output_dir={self.folder.parent}", *changes])
 
     def records(self) -> list[dict]:
         path = self.folder / "metrics.jsonl"
@@ -84,7 +76,7 @@ class Run:
         self.wait_for_steps()
 
     def wait_for_steps(self) -> None:
-        until(lambda: len(self.records()) > self.before + 7 or self.ended())
+        until(lambda: len(self.records()) > self.before + 7 or self.ended(), BUSY_S)
         self.processes = self.job.state()["processes"]
         assert not self.ended(), self.job.state()["reason"]
 
@@ -103,7 +95,7 @@ class Run:
         until(lambda: not is_running(self.processes["supervisor"]), 10)
         assert not [name for name, mark in self.processes.items() if is_running(mark)], "by process id"
         assert not job_processes(self.folder), "nor any other that the job started"
-        assert len(self.processes) == 5, "supervisor, msrun, scheduler, two ranks"
+        assert len(self.processes) == 4, "supervisor, scheduler, two ranks"
         return state
 
     def fail(self, *, after_s: float = 0) -> str:
@@ -164,11 +156,11 @@ def test_a_rank_that_hangs_is_named_after_the_set_time(run):
 def test_ending_the_launcher_stops_its_job(run, what):
     run.before, earlier = len(run.records()), run.started()
     changes = [*CHANGES, f"output_dir={run.folder.parent}"]
-    launcher = subprocess.Popen([sys.executable, "-m", "glm3kit", "launch", str(ROOT / "configs/tiny.yaml"), *changes,
+    launcher = subprocess.Popen([sys.executable, "-m", "glm3kit", "launch", str(TINY), *changes,
                                  *(["--resume"] if checkpoints(run.folder) else [])],
                                 stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     try:
-        until(lambda: run.started() not in (None, earlier))
+        until(lambda: run.started() not in (None, earlier), BUSY_S)
         run.wait_for_steps()
         launcher.send_signal(what)
         state = run.end(WITHIN_S)
@@ -187,7 +179,7 @@ def test_a_rank_that_raises_ends_the_job(run, tmp_path, monkeypatch):
     command = [str(tmp_path / "raising.py"), str(run.folder / "config.yaml")]
     monkeypatch.setattr(glm3kit.jobs.launch, "start_job", functools.partial(start_job, command=command))
     launch(run.config(), wait=False, resume=True)
-    until(run.ended)
+    until(run.ended, BUSY_S)
     run.processes = run.job.state()["processes"]
     reason = run.fail()
     assert "rank 1 of 2 failed with exit code 1: ValueError: a fault of the test" in reason

@@ -8,18 +8,16 @@ import time
 
 import numpy as np
 import pytest
-from support import ROOT
+from support import ROOT, SMALL, TINY, until
 
 from glm3kit.checkpoint.folder import checkpoints
-from glm3kit.jobs.job import Job, job_processes
+from glm3kit.jobs.job import Job
 from glm3kit.jobs.metrics import read_metrics
+from glm3kit.jobs.process import job_processes
 from glm3kit.setup.rank_table import Device, RankTable, Server, merge_rank_tables
 
-TINY = str(ROOT / "configs" / "tiny.yaml")
 STEPS = 24
 NODE_TIMEOUT_S = 10  # without a heartbeat; MindSpore's default is 30
-SMALL = ["model.num_layers=1", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.kv_channels=8",
-         f"train.total_steps={STEPS}"]
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 
@@ -63,24 +61,17 @@ def rank_table(tmp_path):
     return tmp_path / "hccl.json"
 
 
-def until(condition, what, timeout_s=120):
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.05)
-    return value
-
-
 def ended(jobs, timeout_s=120):
     """The states of jobs once all of them have ended."""
-    until(lambda: all(job.state()["state"] not in ("starting", "running") for job in jobs), "the end", timeout_s)
+    until(lambda: all(job.state()["state"] not in ("starting", "running") for job in jobs), timeout_s)
     return [job.state() for job in jobs]
 
 
 def launch_on(hosts, *arguments):
     """Run the same command on every host."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MS_NODE_TIMEOUT": str(NODE_TIMEOUT_S)}
-    command = [sys.executable, "-m", "glm3kit", "launch", TINY, *SMALL, "--detach", *arguments]
+    command = [sys.executable, "-m", "glm3kit", "launch", str(TINY), *SMALL, f"train.total_steps={STEPS}", "--detach",
+               *arguments]
     started = [subprocess.Popen(["ip", "netns", "exec", host, *command], stdout=subprocess.PIPE, text=True,
                                 stderr=subprocess.STDOUT, env=environment) for host in hosts]
     said = [process.communicate(timeout=120)[0] for process in started]
@@ -103,8 +94,8 @@ def test_two_hosts_train_as_one_fail_when_their_link_is_cut_and_go_on_when_it_is
     run = [f"output_dir={tmp_path}", "name=run", "parallel.data_parallel=4", "train.batch_size=1", "train.save_steps=4",
            "--rank-table", str(rank_table)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    alone = [sys.executable, "-m", "glm3kit", "launch", TINY, *SMALL, f"output_dir={tmp_path}", "name=alone",
-             "parallel.data_parallel=1", "train.batch_size=4", "--detach"]
+    alone = [sys.executable, "-m", "glm3kit", "launch", str(TINY), *SMALL, f"train.total_steps={STEPS}",
+             f"output_dir={tmp_path}", "name=alone", "parallel.data_parallel=1", "train.batch_size=4", "--detach"]
     subprocess.run(alone, check=True, stdout=subprocess.DEVNULL, env=environment)
     said = launch_on(hosts, *run)
     jobs = [Job.attach(tmp_path / "run"), Job.attach(tmp_path / "run/node_1")]
@@ -112,7 +103,7 @@ def test_two_hosts_train_as_one_fail_when_their_link_is_cut_and_go_on_when_it_is
         assert f"this machine: {address}, node {n} of 2 (from its address in the table)" in said[n]
     assert "scheduler: here, port 8118" in said[0] and "scheduler: on 10.77.0.1" in said[1]
 
-    until(lambda: checkpoints(tmp_path / "run"), "a checkpoint")
+    until(lambda: checkpoints(tmp_path / "run"), 120)
     ip("-n", hosts[1], "link", "set", "cable", "down")
     cut = time.monotonic()
     states = ended(jobs)

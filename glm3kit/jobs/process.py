@@ -1,0 +1,199 @@
+"""The processes of a job: what tells them apart, the signs that a rank leaves in the job's folder, how they are ended.
+
+A rank leaves two files beside its log: `rank_N.json`, how it ended, and `rank_N.step`, whose time of change marks its
+steps. A mark is set when a batch is drawn and when its step, with the checkpoint that may be due, is done. When one
+rank hangs the others wait for it inside the next step: the oldest mark tells them apart.
+
+    with rank_process("output/run"): run_rank(config)
+"""
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+from glm3kit.files import FULL, atomic_write
+
+T = TypeVar("T")
+JOB_VARIABLE = "GLM3KIT_JOB"  # in the environment of every process that a job starts: the job's folder
+STACKS_SIGNAL = signal.SIGUSR1  # makes a rank write to its log where each of its threads is
+ASK_S = 5  # between SIGTERM and SIGKILL: a card that is not given back is held for a while (EJ0001)
+LINE_BYTES = 512  # of a line of a log, at most as a rule
+HELD = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_DISK_SLEEP)  # the system does not run it
+FIRST_STEP_S = 3600  # the least that ranks have for data, weights and compiling, before their first step
+
+
+def now() -> str:
+    """The time as job.json writes it: UTC, with the zone, to the millisecond."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+def process_mark(pid: int) -> dict | None:
+    """What identifies a process beyond the reuse of its id; None if there is none."""
+    try:
+        return {"pid": pid, "create_time": psutil.Process(pid).create_time()}
+    except psutil.Error:
+        return None
+
+
+def process_state(mark: dict | None) -> str:
+    """What the system says of the process of a mark, in psutil's words; "gone" if it has ended."""
+    try:
+        process = psutil.Process(mark["pid"]) if mark else None
+        # psutil adds the boot time, which moves by a second when the clock is set
+        if process is None or abs(process.create_time() - mark["create_time"]) >= 2:
+            return "gone"
+        state = process.status()
+    except psutil.Error:
+        return "gone"
+    return "gone" if state == psutil.STATUS_ZOMBIE else state
+
+
+def is_running(mark: dict | None) -> bool:
+    """Whether the process of a mark still runs, and is the same."""
+    return process_state(mark) != "gone"
+
+
+def job_processes(folder: Path) -> list[psutil.Process]:
+    """Every process that a job started and that still runs: scheduler, ranks and what those started."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(JOB_VARIABLE) == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:  # gone meanwhile, or another user's
+            continue
+    return found
+
+
+def end_processes(folder: Path, timeout_s: float = 10) -> list[int]:
+    """End every process of a job: SIGTERM, some seconds, SIGKILL; returns the ids of those that outlived it.
+
+    Found by their environment and not by parent: what a rank has started outlives it, and ranks a killed supervisor.
+    """
+    started = time.monotonic()
+    asked: set[int] = set()
+    while left := job_processes(folder):
+        waited_s = time.monotonic() - started
+        if waited_s > ASK_S + timeout_s:
+            return [process.pid for process in left]
+        for process in left:
+            try:
+                if waited_s > ASK_S:
+                    process.kill()
+                elif process.pid not in asked:
+                    process.terminate()
+            except psutil.Error:  # gone meanwhile
+                continue
+        asked |= {process.pid for process in left}
+        psutil.wait_procs(left, timeout=0.5)
+    return []
+
+
+def last_lines(path: Path, count: int) -> str:
+    """The last lines of a log; "" if there is no log."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - LINE_BYTES * count))
+            return "\n".join(file.read().decode("utf-8", errors="replace").splitlines()[-count:])
+    except FileNotFoundError:
+        return ""
+
+
+@contextmanager
+def rank_process(folder: str | Path) -> Iterator[None]:
+    """Wrap the work of a rank: leaves `log/rank_N.json` with process id, exit code and the error, if any.
+
+    From it the supervisor knows that a rank had done its work before it ended, and the words of its error. The
+    scheduler, which runs the same command, leaves `log/scheduler.json`.
+    Example: with rank_process("output/run"): run_rank(config)
+    """
+    scheduler = os.environ.get("MS_ROLE") == "MS_SCHED"
+    name = "scheduler" if scheduler else f"rank_{os.environ.get('RANK_ID', '0')}"
+    path = Path(folder) / "log" / f"{name}.json"
+    record = {"pid": os.getpid(), "started": now()}
+
+    def leave(exit_code: int, error: str | None) -> None:
+        text = json.dumps(record | {"ended": now(), "exit_code": exit_code, "error": error}, ensure_ascii=False)
+        for _ in range(10):
+            try:
+                return atomic_write(path, text)
+            except OSError as err:
+                if err.errno not in FULL:
+                    raise
+                time.sleep(0.2)  # another rank is about to remove what it could not write whole
+        atomic_write(path, text)
+
+    faulthandler.register(STACKS_SIGNAL, file=sys.__stderr__)
+    atomic_write(path, json.dumps(record))
+    try:
+        yield
+    except SystemExit as err:
+        code = err.code if isinstance(err.code, int) else int(err.code is not None)
+        leave(code, f"SystemExit: {err.code}" if code else None)
+        raise
+    except BaseException as err:  # a rank that is interrupted has failed too
+        said, *_ = str(err).partition("\n\n----")  # below it MindSpore prints where it is in its own C++
+        leave(1, f"{type(err).__name__}: {said}")
+        raise
+    leave(0, None)
+
+
+class Heartbeat:
+    """The marks of one rank.
+
+    Example: heartbeat = Heartbeat("output/run", rank=0); heartbeat.mark()
+    """
+
+    def __init__(self, folder: str | Path, rank: int) -> None:
+        self.path = Path(folder) / "log" / f"rank_{rank}.step"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def mark(self) -> None:
+        """Say that a step is done."""
+        self.path.touch()
+
+    def drawing(self, batches: Iterable[T]) -> Iterator[T]:
+        """Give the batches on, marking that each was drawn; the first step compiles and is marked when it is done."""
+        for batch in batches:
+            if self.path.exists():
+                self.path.touch()
+            yield batch
+
+
+class Watch:
+    """The supervisor's look at the marks of `names`; limit_s: how long a rank may make no step, None: for ever."""
+
+    def __init__(self, folder: Path, names: list[str], limit_s: float | None) -> None:
+        self.folder, self.limit_s = folder, limit_s
+        # Seconds of this process's own clock, which nobody sets, when the mark was last seen to change.
+        self.seen: dict[str, tuple[float | None, float]] = {name: (None, time.monotonic()) for name in names}
+
+    def silent(self, processes: dict[str, dict | None]) -> tuple[str, str] | None:
+        """The rank that hangs, if one does, and what is known of it. processes: as in job.json."""
+        if self.limit_s is None:
+            return None
+        clock = time.monotonic()
+        for name, (before, _) in self.seen.items():
+            path = self.folder / "log" / f"{name}.step"
+            mark = path.stat().st_mtime if path.exists() else None
+            if mark != before:
+                self.seen[name] = mark, clock
+        marked = all(mark is not None for mark, _ in self.seen.values())
+        limit = self.limit_s if marked else max(self.limit_s, FIRST_STEP_S)
+        if clock - min(since for _, since in self.seen.values()) <= limit:
+            return None
+        states = {name: process_state(processes.get(name)) for name in self.seen}
+        name = min(self.seen, key=lambda name: (states[name] not in HELD, self.seen[name][0] or 0))
+        return name, (f"hangs: no step for {clock - self.seen[name][1]:.0f} s (train.hang_timeout_s is "
+                      f"{self.limit_s:g}), its process is {states[name]}")
