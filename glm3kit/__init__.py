@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ does it
     from glm3kit.chat.session import ChatSession
     from glm3kit.chat.tools import tool
-    from glm3kit.config.groups import ModelConfig, RunConfig, load_config
+    from glm3kit.config.groups import ModelConfig, RunConfig
+    from glm3kit.config.load import load_config
     from glm3kit.config.mindformers import AutoConfig
     from glm3kit.data.encode import encode_adgen, encode_conversation
     from glm3kit.jobs.metrics import read_metrics
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "ModelConfig": "config.groups", "RunConfig": "config.groups", "load_config": "config.groups",
+    "ModelConfig": "config.groups", "RunConfig": "config.groups", "load_config": "config.load",
     "AutoConfig": "config.mindformers",
     "ChatGLM3Tokenizer": "text.tokenizer",
     "process_response": "text.messages",

@@ -10,7 +10,7 @@ import pytest
 from support import ROOT
 
 from glm3kit.__main__ import parser
-from glm3kit.config.groups import load_config
+from glm3kit.config.load import load_config
 from glm3kit.weights.names import parameter_shapes
 
 READMES = ("README.md", "README.zh-CN.md")

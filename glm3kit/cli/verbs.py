@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def _config(args: argparse.Namespace) -> "RunConfig":
-    from glm3kit.config.groups import load_config
+    from glm3kit.config.load import load_config
 
     return load_config(args.config, args.overrides)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 from tqdm.auto import tqdm
 
-from glm3kit.config.groups import load_config
+from glm3kit.config.load import load_config
 from glm3kit.errors import JobError
 from glm3kit.files import FULL, atomic_write
 

@@ -10,7 +10,7 @@ import pytest
 from support import ROOT
 
 from glm3kit.__main__ import main, parser
-from glm3kit.config.groups import load_config
+from glm3kit.config.load import load_config
 from glm3kit.setup.rank_table import Device, RankTable, Server
 from glm3kit.weights.random import write_random_hub_weights
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from glm3kit.config.groups import ModelConfig, RunConfig, TrainConfig, load_config
+from glm3kit.config.groups import DataConfig, ModelConfig, RunConfig, TrainConfig
+from glm3kit.config.load import load_config
 from glm3kit.errors import ConfigError
 
 
@@ -122,3 +123,20 @@ def test_values_out_of_range_are_refused():
     for wrong in ({"batch_size": 0}, {"eps": 0.0}, {"learning_rate": -1.0}):
         with pytest.raises(ValueError):
             TrainConfig(**wrong)
+
+
+def test_the_window_is_derived_in_code_too_and_no_default_conflicts():
+    rows = {"max_source_length": 64, "max_target_length": 127}
+    assert RunConfig(data=rows).model.seq_length == 192
+    assert RunConfig(data=DataConfig(**rows), model=ModelConfig(num_layers=2)).model.seq_length == 192
+    assert RunConfig(data={"packing": True}).model.seq_length == 2048
+    with pytest.raises(ValueError, match="model.seq_length is 100, but in data max_seq_length is 192"):
+        RunConfig(data={"max_seq_length": 192}, model={"seq_length": 100})
+
+
+def test_an_override_that_is_no_yaml_is_told_with_the_other_faults(write):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write("train: {epochs: 0}"), ["data.train_path=[a", "train.lora={rnk: 4}"])
+    message = str(caught.value)
+    for part in ("override 'data.train_path=[a'", "run.yaml:1: train.epochs", "train.lora.rnk: unknown key; did you"):
+        assert part in message

@@ -7,7 +7,8 @@ import pytest
 from support import ROOT
 
 from glm3kit.__main__ import main
-from glm3kit.config.groups import DataConfig, load_config
+from glm3kit.config.groups import DataConfig
+from glm3kit.config.load import load_config
 from glm3kit.data.encode import prepare_data
 from glm3kit.data.report import (
     choice_table,

@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 import glm3kit.jobs.launch
-from glm3kit.config.groups import RunConfig, load_config
+from glm3kit.config.groups import RunConfig
+from glm3kit.config.load import load_config
 from glm3kit.errors import JobError
 from glm3kit.files import atomic_write
 from glm3kit.jobs.job import Job, is_running, job_processes, rank_process

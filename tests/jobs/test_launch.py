@@ -9,7 +9,8 @@ from threading import Timer
 
 import pytest
 
-from glm3kit.config.groups import RunConfig, load_config
+from glm3kit.config.groups import RunConfig
+from glm3kit.config.load import load_config
 from glm3kit.errors import JobError, RankTableError
 from glm3kit.jobs.launch import choose_rank_table, launch, plan_launch, rank_environment, start_job, visible_devices
 from glm3kit.jobs.plan import msrun_command, plan_run

@@ -20,7 +20,7 @@ from support import ROOT
 
 import glm3kit.jobs.launch
 from glm3kit.checkpoint.folder import checkpoints, damage
-from glm3kit.config.groups import load_config
+from glm3kit.config.load import load_config
 from glm3kit.jobs.job import Job, is_running, job_processes
 from glm3kit.jobs.launch import launch, start_job
 
@@ -35,7 +35,7 @@ BUSY_S = 120  # for what takes ten seconds on an idle machine
 # A rank that raises at its third step if it is the second.
 RAISING = '''
 import sys
-from glm3kit.config.groups import load_config
+from glm3kit.config.load import load_config
 from glm3kit.jobs.job import rank_process
 from glm3kit.train.run import Trainer, run_rank
 
