@@ -23,14 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GLOG_v", "3")  # read when MindSpore is imported: print errors only
     words = list(sys.argv[1:] if argv is None else argv)
     match words:
-        case [] | ["-h" | "--help", *_]:
+        case [] | ["-h" | "--help", *_] | ["rank-table", "-h" | "--help", *_]:
             print(format_help(SUBJECTS))
             return 0
         case ["--version", *_]:
             print(f"glm3kit {__version__}")
-            return 0
-        case ["rank-table", "-h" | "--help", *_]:
-            print(format_help(SUBJECTS, "rank-table"))
             return 0
     verb, rest = find_verb(words, SUBJECTS)
     args = verb.parse(rest)

@@ -4,8 +4,8 @@
     def status(args: argparse.Namespace) -> None:
         \"""Show the state of a job.\"""    # is its help
 
-A verb imports what it needs when it runs, so that `glm3kit --help` waits for nothing: this is why imports stand inside
-the functions of this room.
+A verb imports what needs other packages when it runs, so that `glm3kit --help` waits for nothing: this is why imports
+stand inside the functions of this room.
 """
 
 import argparse
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 Argument = Callable[[Any], Any]  # adds itself to a parser, or to a group of one
 Subjects = dict[str, tuple["Verb", ...]]
-DESCRIPTION = "Fine-tune and talk to ChatGLM3-6B with MindSpore."
 
 
 @dataclass(frozen=True)
@@ -111,13 +110,12 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
 
 
-def format_help(subjects: Subjects, first: str = "") -> str:
-    """All verbs by subject, each with what it does; first: only those of two words that begin with it."""
-    lines = [f"usage: glm3kit {first or 'VERB'} ...", "", DESCRIPTION]
+def format_help(subjects: Subjects) -> str:
+    """All verbs by subject, each with what it does."""
+    lines = ["usage: glm3kit VERB ...", "", "Fine-tune and talk to ChatGLM3-6B with MindSpore."]
     for subject, verbs in subjects.items():
-        listed = [verb for verb in verbs if not first or verb.name.startswith(f"{first} ")]
-        lines += ["", f"{subject}:"] if listed else []
-        lines += [f"  {verb.name:<18} {verb.help[0].lower()}{verb.help[1:-1]}" for verb in listed]
+        lines += ["", f"{subject}:"]
+        lines += [f"  {verb.name:<18} {verb.help[0].lower()}{verb.help[1:-1]}" for verb in verbs]
     return "\n".join([*lines, "", "Each verb has its own help, with an example: glm3kit launch --help"])
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 from glm3kit.cli.arguments import RUN, argument, config_of, print_json, switch, verb
@@ -45,8 +46,6 @@ def data(args: argparse.Namespace) -> None:
       example="data tool-alpaca train_data.json tool_alpaca.jsonl")
 def data_tool_alpaca(args: argparse.Namespace) -> None:
     """Turn ToolAlpaca's records into conversations, one a line."""
-    from collections import Counter
-
     from glm3kit.data.rows import reason_of
     from glm3kit.data.tool_alpaca import format_tool_alpaca
 

@@ -4,12 +4,10 @@ import argparse
 import os
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from glm3kit.cli.arguments import RUN, argument, config_of, either, picture, print_json, switch, titled, verb
-
-if TYPE_CHECKING:
-    from glm3kit.jobs.job import Job
+from glm3kit.files import atomic_path
 
 JOB = argument("job", metavar="JOB", help="the folder of a job")
 RESUME = switch("--resume", "go on from the newest complete checkpoint")
@@ -44,7 +42,7 @@ def launch(args: argparse.Namespace) -> None:
     print(f"{job.state()['state']}: {job.folder}")
 
 
-def _job(args: argparse.Namespace) -> "Job":
+def _job(args: argparse.Namespace) -> Any:
     from glm3kit.jobs.launch import Job
 
     return Job.attach(args.job)
@@ -107,7 +105,6 @@ def train(args: argparse.Namespace) -> None:
       example="plot output/tiny -o loss.png")
 def plot(args: argparse.Namespace) -> None:
     """Plot loss, learning rate and speed of a run."""
-    from glm3kit.files import atomic_path
     from glm3kit.jobs.metrics import read_metrics
     from glm3kit.notebook.html import loss_figure
 

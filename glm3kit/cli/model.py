@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from glm3kit.cli.arguments import RUN, argument, config_of, print_json, switch, verb
 from glm3kit.errors import ConfigError, JobError
+from glm3kit.files import atomic_write
 
 if TYPE_CHECKING:
     from glm3kit.config.groups import RunConfig
@@ -38,7 +39,6 @@ def _model(config: "RunConfig") -> "tuple[ChatGLM3, ChatGLM3Tokenizer, dict[str,
 def evaluate(args: argparse.Namespace) -> None:
     """Measure held-out loss, attribute coverage, Rouge and BLEU."""
     from glm3kit.evaluate import evaluate
-    from glm3kit.files import atomic_write
 
     net, _, _ = _model(config := config_of(args))
     result = evaluate(config, net)

@@ -2,11 +2,22 @@
 
 import argparse
 import sys
+from dataclasses import asdict
 from ipaddress import ip_address
-from pathlib import Path
 
 from glm3kit.cli.arguments import OVERRIDES, RUN, argument, config_of, print_json, switch, verb
 from glm3kit.errors import RankTableError
+from glm3kit.setup.checks import format_checks, run_checks
+from glm3kit.setup.hccn import make_rank_table, parse_devices, table_name
+from glm3kit.setup.rank_table import (
+    ascend_cards,
+    check_rank_table,
+    format_rank_table,
+    merge_rank_tables,
+    rank_table_path,
+    read_rank_table,
+    wait_for_rank_table,
+)
 
 TABLE = argument("path", metavar="PATH", nargs="?", help="default: what RANK_TABLE_FILE or ModelArts provides")
 
@@ -18,10 +29,6 @@ TABLE = argument("path", metavar="PATH", nargs="?", help="default: what RANK_TAB
       example="check configs/tiny.yaml")
 def check(args: argparse.Namespace) -> int:
     """Check whether this machine is ready."""
-    from dataclasses import asdict
-
-    from glm3kit.setup.checks import format_checks, run_checks
-
     checks = run_checks(config_of(args) if args.config else None)
     if args.json:
         print_json([asdict(item) for item in checks])
@@ -43,24 +50,13 @@ def memory(args: argparse.Namespace) -> None:
         print(memory_table(parts))
 
 
-def _table_path(path: str | None) -> str | Path:
-    """The path that was given, else where the platform puts the table."""
-    from glm3kit.setup.rank_table import find_rank_table
-
-    found = path or find_rank_table()
-    if found is None:
-        raise RankTableError("no rank table: RANK_TABLE_FILE is not set and /user/config holds none; give a path")
-    return found
-
-
 @verb("rank-table show", TABLE, switch("--json", 'print it as version "1.0"'),
       example="rank-table show /user/config/jobstart_hccl.json")
 def rank_table_show(args: argparse.Namespace) -> None:
     """Show a rank table of any form: servers, devices, addresses, ranks."""
     from glm3kit.jobs.plan import own_addresses
-    from glm3kit.setup.rank_table import format_rank_table, read_rank_table
 
-    table = read_rank_table(_table_path(args.path))
+    table = read_rank_table(rank_table_path(args.path))
     if args.json:
         print_json(table.to_dict())
     else:
@@ -70,9 +66,7 @@ def rank_table_show(args: argparse.Namespace) -> None:
 @verb("rank-table check", TABLE, example="rank-table check hccl.json")
 def rank_table_check(args: argparse.Namespace) -> int:
     """List every fault of a rank table; exit with 1 if there is one."""
-    from glm3kit.setup.rank_table import check_rank_table
-
-    path = _table_path(args.path)
+    path = rank_table_path(args.path)
     faults = check_rank_table(path)
     print("\n".join(faults) if faults else f"{path}: no fault found")
     return int(bool(faults))
@@ -83,8 +77,6 @@ def rank_table_check(args: argparse.Namespace) -> int:
       example="rank-table wait --timeout 1800")
 def rank_table_wait(args: argparse.Namespace) -> None:
     """Wait until the platform has filled the rank table."""
-    from glm3kit.setup.rank_table import wait_for_rank_table
-
     table = wait_for_rank_table(args.path, args.timeout, say=lambda text: print(text, file=sys.stderr, flush=True))
     print(f"{table.source}: {table.rank_size} device(s) on {len(table.servers)} server(s)")
 
@@ -97,9 +89,6 @@ def rank_table_wait(args: argparse.Namespace) -> None:
       example="rank-table make --devices '[0,8)' --server-ip 10.0.0.1")
 def rank_table_make(args: argparse.Namespace) -> None:
     """Make the rank table of this machine, with the addresses of its cards."""
-    from glm3kit.setup.hccn import make_rank_table, parse_devices, table_name
-    from glm3kit.setup.rank_table import ascend_cards
-
     devices = parse_devices(args.devices) if args.devices else ascend_cards()
     if not devices:
         raise RankTableError("this machine shows no Ascend card (/dev/davinci*); give --devices '[0,8)'")
@@ -117,8 +106,6 @@ def rank_table_make(args: argparse.Namespace) -> None:
       example="rank-table merge hccl_a.json hccl_b.json -o hccl.json")
 def rank_table_merge(args: argparse.Namespace) -> None:
     """Merge the rank tables of several servers into one; ranks follow the order of the files."""
-    from glm3kit.setup.rank_table import merge_rank_tables, read_rank_table
-
     table = merge_rank_tables([read_rank_table(path) for path in args.paths])
     table.save(args.output)
     print(f"{args.output}: {table.rank_size} devices on {len(table.servers)} servers")

@@ -305,7 +305,7 @@ class RunConfig(Group):
     @field_validator("model")
     @classmethod
     def _derive_seq_length(cls, model: ModelConfig, info: ValidationInfo) -> ModelConfig:
-        data = info.data.get("data")  # none where data has a fault
+        data = info.data.get("data")  # of the fields before this one; none where it has a fault
         if data is None or not data.names_rows or "seq_length" in model.model_fields_set:
             return model
         return model.model_copy(update={"seq_length": data.seq_length})
@@ -324,16 +324,12 @@ class RunConfig(Group):
         return self
 
     @model_validator(mode="after")
-    def _check_adapters(self) -> "RunConfig":
+    def _check_files(self) -> "RunConfig":
         base = self.model.checkpoint_name_or_path
         if base is None and (self.model.adapters_path or (self.train.lora and self.train.lora.adapters_only)):
             key = "model.adapters_path" if self.model.adapters_path else "train.lora.adapters_only"
             raise ValueError(f"{key} is set, but model.checkpoint_name_or_path names no weights to fold adapters into; "
                              "set it too")
-        return self
-
-    @model_validator(mode="after")
-    def _check_evaluation(self) -> "RunConfig":
         if self.train.eval_steps and not self.data.eval_path:
             raise ValueError("train.eval_steps is set, but data.eval_path names no held-out rows; give some, or leave "
                              "eval_steps out")

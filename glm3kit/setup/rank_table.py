@@ -17,7 +17,7 @@ from pathlib import Path
 
 from glm3kit.errors import RankTableError
 from glm3kit.files import atomic_write
-from glm3kit.setup.rank_table_forms import Device, Server, Unfinished, faults_of, read_form
+from glm3kit.setup.rank_table_forms import Device, Server, Unfinished, conflicts, read_form
 
 MODELARTS_FOLDER = "user/config"
 MODELARTS_NAMES = ("jobstart_hccl.json", "nbstart_hccl.json")  # a training job's, a notebook's
@@ -40,7 +40,7 @@ class RankTable:
     source: str = field(default="rank table", compare=False)
 
     def __post_init__(self) -> None:
-        _refuse(self.source, faults_of(self.servers))
+        _refuse(self.source, conflicts(self.servers))
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -171,6 +171,16 @@ def find_rank_table(environ: Mapping[str, str] = os.environ, root: str | Path = 
     return None
 
 
+def rank_table_path(path: str | Path | None = None, environ: Mapping[str, str] = os.environ,
+                    root: str | Path = "/") -> str | Path:
+    """The path that was given, else where this machine has its table; raises UnfinishedTableError if it has none."""
+    found = path or find_rank_table(environ, root)
+    if found is None:
+        raise UnfinishedTableError(f"no rank table: RANK_TABLE_FILE is not set and {Path(root) / MODELARTS_FOLDER} "
+                                   "holds none; give its path")
+    return found
+
+
 def wait_for_rank_table(path: str | Path | None = None, timeout_s: float = 600,
                         say: Callable[[str], None] = print, environ: Mapping[str, str] = os.environ,
                         root: str | Path = "/", poll_s: float = POLL_S) -> RankTable:
@@ -187,10 +197,7 @@ def wait_for_rank_table(path: str | Path | None = None, timeout_s: float = 600,
     while True:
         late = time.monotonic() - start > timeout_s
         try:
-            place = path or find_rank_table(environ, root)
-            if place is None:
-                raise UnfinishedTableError(f"no rank table: RANK_TABLE_FILE is not set and "
-                                           f"{Path(root) / MODELARTS_FOLDER} holds none; give its path")
+            place = rank_table_path(path, environ, root)
             table = read_rank_table(place)
             if not told or table == before:
                 return table

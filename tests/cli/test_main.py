@@ -24,7 +24,7 @@ def test_every_verb_has_help_with_an_example_that_its_own_parser_accepts(verb, c
     assert found.parse(rest)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["rank-table", "--help"]])
 def test_a_bare_call_prints_every_verb_with_what_it_does_under_its_subject(arguments, capsys, status_of):
     assert status_of(*arguments) == 0
     printed = capsys.readouterr().out
@@ -32,13 +32,6 @@ def test_a_bare_call_prints_every_verb_with_what_it_does_under_its_subject(argum
     assert re.findall(r"^  (\S+(?: \S+)?) {2,}\S", printed, re.MULTILINE) == VERBS
     assert "\n  launch             train with one process a device; wait for the end unless detached\n" in printed
     assert max(map(len, printed.splitlines())) <= 120
-
-
-def test_the_first_of_two_words_has_help_of_its_own(capsys, status_of):
-    assert status_of("rank-table", "--help") == 0
-    printed = capsys.readouterr().out
-    assert [verb for verb in VERBS if f"\n  {verb} " in printed] == [
-        f"rank-table {word}" for word in ("show", "check", "wait", "make", "merge")]
 
 
 def test_the_version_is_that_of_the_package(capsys, status_of):
@@ -90,6 +83,6 @@ def test_an_interrupted_verb_exits_with_1(monkeypatch, capsys, status_of):
     def interrupt(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("glm3kit.setup.rank_table.check_rank_table", interrupt)
+    monkeypatch.setattr("glm3kit.cli.setup.check_rank_table", interrupt)
     assert status_of("rank-table", "check", "x.json") == 1
     assert capsys.readouterr().err == "interrupted\n"

@@ -68,6 +68,6 @@ def test_a_rank_table_is_made_named_checked_and_waited_for(tmp_path, capsys, mon
 
 def test_without_a_rank_table_show_says_where_it_looked(capsys, monkeypatch, status_of):
     monkeypatch.delenv("RANK_TABLE_FILE", raising=False)
-    monkeypatch.setattr("glm3kit.setup.rank_table.find_rank_table", lambda: None)
+    monkeypatch.setattr("glm3kit.setup.rank_table.find_rank_table", lambda *_: None)
     assert status_of("rank-table", "show") == 1
     assert "RANK_TABLE_FILE" in capsys.readouterr().err
