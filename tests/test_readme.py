@@ -7,6 +7,7 @@ from math import prod
 
 import pytest
 from support import ROOT, SMALL, TINY
+from test_house import ROOMS
 
 from glm3kit.__main__ import SUBJECTS
 from glm3kit.cli.arguments import find_verb
@@ -56,10 +57,17 @@ def test_every_link_and_configuration_leads_somewhere(name):
     assert links and [path for path in [*links, *named] if not (ROOT / path).exists()] == []
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_every_file_of_python_that_is_named_is_there(name):
-    named = re.findall(r"`((?:\w+/)*\w+\.py)`", text_of(name))
-    assert [path for path in named if not any((ROOT / folder / path).exists() for folder in ("", "glm3kit"))] == []
+@pytest.mark.parametrize("name", READMES)
+def test_every_file_that_is_named_after_its_room_is_there(name):
+    named = re.findall(r"\[`(\w+)`\]\(glm3kit/\1\)[:：] ?(`\w+`(?:(?:, |、)`\w+`)*)", text_of(name))
+    paths = [f"glm3kit/{room}/{file}.py" for room, files in named for file in re.findall(r"\w+", files)]
+    assert len(paths) > 15 and [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_rooms_stand_in_their_order():
+    table = text_of("CONTRIBUTING.md").partition("| room |")[2].partition("\n\n")[0]
+    rooms = re.findall(r"`(\w+)(?:/|\.py)`", "\n".join(row.split("|")[1] for row in table.splitlines()[2:]))
+    assert [room for room in rooms if room != "__init__"] == list(ROOMS)
 
 
 def test_the_size_of_the_tiny_model_is_the_one_named():
