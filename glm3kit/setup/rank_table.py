@@ -156,12 +156,10 @@ def find_rank_table(environ: Mapping[str, str] = os.environ, root: str | Path = 
 
     Returns None if there is none. Raises RankTableError if RANK_TABLE_FILE is set but leads nowhere.
     """
-    folder = Path(root) / MODELARTS_FOLDER
     given = environ.get("RANK_TABLE_FILE")
-    if given:
-        folder = Path(given)
-        if folder.is_file():
-            return folder
+    folder = Path(given) if given else Path(root) / MODELARTS_FOLDER
+    if folder.is_file():
+        return folder
     for name in MODELARTS_NAMES:
         if (folder / name).is_file():
             return folder / name
