@@ -112,7 +112,7 @@ def print_json(value: Any) -> None:
 
 def format_help(subjects: Subjects) -> str:
     """All verbs by subject, each with what it does."""
-    lines = ["usage: glm3kit VERB ...", "", "Fine-tune and talk to ChatGLM3-6B with MindSpore."]
+    lines = ["usage: glm3kit VERB ... | --version", "", "Fine-tune and talk to ChatGLM3-6B with MindSpore."]
     for subject, verbs in subjects.items():
         lines += ["", f"{subject}:"]
         lines += [f"  {verb.name:<18} {verb.help[0].lower()}{verb.help[1:-1]}" for verb in verbs]

@@ -30,31 +30,33 @@ def _known_part(root: type[BaseModel], loc: tuple) -> tuple[tuple[str, ...], typ
     return tuple(keys), holder
 
 
-def _message(item: Mapping[str, Any], holder: type[BaseModel]) -> str:
+def _messages(item: Mapping[str, Any], holder: type[BaseModel]) -> list[str]:
     """What an error found and what was expected, in words; holder: the group that its key stands in."""
     if item["type"] == "value_error":
-        return item["msg"].removeprefix(OURS)
+        return item["msg"].removeprefix(OURS).splitlines()
     if item["type"] != "extra_forbidden":
-        return f"{item['msg'].replace('Input s', 's')}, got {item['input']!r}"
+        return [f"{item['msg'].replace('Input s', 's')}, got {item['input']!r}"]
     if near := difflib.get_close_matches(item["loc"][-1], list(holder.model_fields), 1):
-        return f"unknown key; did you mean '{near[0]}'?"
-    return f"unknown key; known here: {', '.join(holder.model_fields)}"
+        return [f"unknown key; did you mean '{near[0]}'?"]
+    return [f"unknown key; known here: {', '.join(holder.model_fields)}"]
 
 
 def faults_of(error: ValidationError, lines: Mapping[tuple, int | str], source: str,
               root: type[BaseModel]) -> list[str]:
     """One line a key with a fault: where it stands, what was found, what was expected.
 
+    A validator of ours may tell of several, a line each, which begins with the key that it is about.
     lines: of each key, by its path such as ("train", "epochs"): a line of the file `source`, or a text that names
         another place. root: the group of the outermost keys.
     """
-    faults: dict[tuple[str, str], list[str]] = {}
+    faults: dict[tuple[str, str, str], list[str]] = {}  # several messages: of the members of a union
     for item in error.errors():
         keys, holder = _known_part(root, item["loc"])
-        place = keys
-        if item["type"] == "value_error":  # validators of ours begin with the key that they are about
-            place += tuple(item["msg"].removeprefix(OURS).split(" ")[0].split("."))
-        at = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), None)
-        where = f"{source}:{at}" if isinstance(at, int) else at or source
-        faults.setdefault((where, ".".join(keys)), []).append(_message(item, holder))
-    return [f"{where}: {key + ': ' if key else ''}{' or '.join(messages)}" for (where, key), messages in faults.items()]
+        for message in _messages(item, holder):
+            ours = message if item["type"] == "value_error" else ""
+            place = (*keys, *ours.split(" ")[0].split("."))
+            at = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), None)
+            where = f"{source}:{at}" if isinstance(at, int) else at or source
+            faults.setdefault((where, ".".join(keys), ours), []).append(message)
+    return [f"{where}: {key + ': ' if key else ''}{' or '.join(messages)}"
+            for (where, key, _), messages in faults.items()]

@@ -7,6 +7,7 @@ The defaults of `model` are the published config.json of ChatGLM3-6B; those of `
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -311,45 +312,40 @@ class RunConfig(Group):
         return model.model_copy(update={"seq_length": data.seq_length})
 
     @model_validator(mode="after")
-    def _check_seq_length(self) -> "RunConfig":
-        data, derived = self.data, self.data.seq_length
+    def _check(self) -> "RunConfig":
+        if conflicts := list(self._conflicts()):
+            raise ValueError("\n".join(conflicts))
+        return self
+
+    def _conflicts(self) -> Iterator[str]:
+        """What settings of different groups ask of each other, where it does not hold."""
+        data, derived, base = self.data, self.data.seq_length, self.model.checkpoint_name_or_path
         if data.max_seq_length and {"max_source_length", "max_target_length"} <= data.model_fields_set:
             if data.max_seq_length != data.max_source_length + data.max_target_length + 1:
-                raise ValueError(f"data.max_seq_length is {data.max_seq_length}, but {data.row_rule}; "
-                                 "give one or the other")
+                yield f"data.max_seq_length is {data.max_seq_length}, but {data.row_rule}; give one or the other"
         if data.names_rows and self.model.seq_length != derived:
             rule = f"max_seq_length is {derived}" if data.max_seq_length else data.row_rule
-            raise ValueError(f"model.seq_length is {self.model.seq_length}, but in data {rule}; "
-                             "leave model.seq_length out (it is derived), or change the lengths in data")
-        return self
-
-    @model_validator(mode="after")
-    def _check_files(self) -> "RunConfig":
-        base = self.model.checkpoint_name_or_path
+            yield (f"model.seq_length is {self.model.seq_length}, but in data {rule}; leave model.seq_length out (it "
+                   "is derived), or change the lengths in data")
         if base is None and (self.model.adapters_path or (self.train.lora and self.train.lora.adapters_only)):
             key = "model.adapters_path" if self.model.adapters_path else "train.lora.adapters_only"
-            raise ValueError(f"{key} is set, but model.checkpoint_name_or_path names no weights to fold adapters into; "
-                             "set it too")
-        if self.train.eval_steps and not self.data.eval_path:
-            raise ValueError("train.eval_steps is set, but data.eval_path names no held-out rows; give some, or leave "
-                             "eval_steps out")
-        return self
-
-    @model_validator(mode="after")
-    def _check_layout(self) -> "RunConfig":
-        def uneven(ranks: int) -> list[str]:
-            sizes = {key: getattr(self.model, key) for key in ("num_attention_heads", "multi_query_group_num",
-                                                               "ffn_hidden_size", "padded_vocab_size")}
-            # Several ranks may hold the same key/value group.
-            return [f"{key} {size}" for key, size in sizes.items()
-                    if size % ranks and not (key == "multi_query_group_num" and ranks % size == 0)]
-
+            yield (f"{key} is set, but model.checkpoint_name_or_path names no weights to fold adapters into; set it "
+                   "too")
+        if self.train.eval_steps and not data.eval_path:
+            yield ("train.eval_steps is set, but data.eval_path names no held-out rows; give some, or leave eval_steps "
+                   "out")
         ranks = self.parallel.tensor_parallel
-        if faults := uneven(ranks):
-            fits = [n for n in range(1, self.model.num_attention_heads + 1) if not uneven(n)]
-            raise ValueError(f"parallel.tensor_parallel is {ranks}, which does not divide {', '.join(faults)}; "
-                             f"these would do: {', '.join(map(str, fits))}")
-        return self
+        if uneven := self._uneven(ranks):
+            fits = [n for n in range(1, self.model.num_attention_heads + 1) if not self._uneven(n)]
+            yield (f"parallel.tensor_parallel is {ranks}, which does not divide {', '.join(uneven)}; these would do: "
+                   f"{', '.join(map(str, fits))}")
+
+    def _uneven(self, ranks: int) -> list[str]:
+        """The sizes that so many ranks cannot share evenly; several ranks may hold the same key/value group."""
+        sizes = {key: getattr(self.model, key) for key in ("num_attention_heads", "multi_query_group_num",
+                                                           "ffn_hidden_size", "padded_vocab_size")}
+        return [f"{key} {size}" for key, size in sizes.items()
+                if size % ranks and not (key == "multi_query_group_num" and ranks % size == 0)]
 
     @property
     def job_dir(self) -> Path:

@@ -67,6 +67,20 @@ def test_all_faults_are_reported_together_with_their_lines(write):
         assert part in message, f"{part!r} is missing in\n{message}"
 
 
+def test_conflicts_between_groups_are_reported_together_each_at_its_line(write):
+    path = write("model:\n  seq_length: 100\n  adapters_path: a\ndata:\n  max_source_length: 64\n"
+                 "train:\n  eval_steps: 5\nparallel: {data_parallel: 2}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["parallel.tensor_parallel=3"])
+    faults = str(caught.value).splitlines()
+    for fault, start in zip(faults, ("run.yaml:2: model.seq_length is 100, but in data",
+                                     "run.yaml:3: model.adapters_path is set, but",
+                                     "run.yaml:7: train.eval_steps is set, but",
+                                     "override 'parallel.tensor_parallel=3': parallel.tensor_parallel is 3, which"),
+                            strict=True):
+        assert start in fault
+
+
 def test_a_key_that_stands_twice_is_an_error(write):
     with pytest.raises(ConfigError, match=r"run.yaml:3: key 'epochs' stands twice \(lines 2 and 3\)"):
         load_config(write("train:\n  epochs: 1\n  epochs: 2\n"))
