@@ -81,6 +81,13 @@ def check_python(machine: Machine, version: tuple[int, ...] = sys.version_info[:
     return Check("Python", "failed", finding, f"use Python {oldest} to {newest}: MindSpore has no packages for others")
 
 
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def check_packages(machine: Machine, requirements: Iterable[str] | None = None) -> Check:
     """Compare what is installed with what the package asks for (`dependencies` in pyproject.toml)."""
     from packaging.requirements import Requirement  # here: it may be missing
@@ -91,31 +98,22 @@ def check_packages(machine: Machine, requirements: Iterable[str] | None = None) 
         except importlib.metadata.PackageNotFoundError:
             return Check("packages", "warning", "glm3kit is used without being installed: nothing says what it needs",
                          "in the folder of pyproject.toml: pip install .")
-    wrong, count = [], 0
-    for requirement in map(Requirement, requirements):
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        count += 1
-        try:
-            version = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            wrong.append((requirement, "is missing"))
-            continue
-        if not requirement.specifier.contains(version, prereleases=True):
-            wrong.append((requirement, f"is {version}"))
+    here = [needed for needed in map(Requirement, requirements)
+            if needed.marker is None or needed.marker.evaluate({"extra": ""})]
+    wrong = [(needed, f"is {version}" if version else "is missing")
+             for needed in here for version in [_installed(needed.name)]
+             if version is None or not needed.specifier.contains(version, prereleases=True)]
     if not wrong:
-        return Check("packages", "ok", f"{count} packages are in the versions asked for")
+        return Check("packages", "ok", f"{len(here)} packages are in the versions asked for")
     finding = "; ".join(f"{needed.name} {what}, expected {needed.specifier or 'any'}" for needed, what in wrong)
     names = " ".join(f"'{needed.name}{needed.specifier}'" for needed, _ in wrong)
     return Check("packages", "failed", finding, f"pip install {names}")
 
 
 def check_numpy(machine: Machine, version: str | None = None) -> Check:
+    version = version or _installed("numpy")
     if version is None:
-        try:
-            version = importlib.metadata.version("numpy")
-        except importlib.metadata.PackageNotFoundError:
-            return Check("NumPy", "failed", "is missing", "pip install 'numpy<2'")
+        return Check("NumPy", "failed", "is missing", "pip install 'numpy<2'")
     if int(version.split(".")[0]) < 2:
         return Check("NumPy", "ok", version)
     return Check("NumPy", "failed", f"{version}; MindSpore is compiled against NumPy 1: some operators fail to import",
