@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ does it
     from glm3kit.chat.session import ChatSession
     from glm3kit.chat.tools import tool
-    from glm3kit.config.groups import ModelConfig, RunConfig, load_config
+    from glm3kit.config.groups import ModelConfig, RunConfig
+    from glm3kit.config.load import load_config
     from glm3kit.config.mindformers import AutoConfig
     from glm3kit.data.encode import encode_adgen, encode_conversation
     from glm3kit.jobs.metrics import read_metrics
@@ -33,18 +34,12 @@ __all__ = [
 ]
 
 _HOME = {
-    "ModelConfig": "config.groups", "RunConfig": "config.groups", "load_config": "config.groups",
-    "AutoConfig": "config.mindformers",
-    "ChatGLM3Tokenizer": "text.tokenizer",
-    "process_response": "text.answers",
-    "convert_weights": "weights.convert", "load_weights": "model.load",
-    "encode_adgen": "data.encode", "encode_conversation": "data.encode",
-    "ChatSession": "chat.session",
-    "tool": "chat.tools",
-    "merge_rank_tables": "setup.rank_table", "read_rank_table": "setup.rank_table",
-    "AutoModel": "model.load", "ChatGLM3": "model.chatglm3",
-    "read_metrics": "jobs.metrics",
-    "chat_widget": "notebook.chat_widget",
+    "AutoConfig": "config.mindformers", "AutoModel": "model.load", "ChatGLM3": "model.chatglm3",
+    "ChatGLM3Tokenizer": "text.tokenizer", "ChatSession": "chat.session", "ModelConfig": "config.groups",
+    "RunConfig": "config.groups", "chat_widget": "notebook.chat_widget", "convert_weights": "weights.convert",
+    "encode_adgen": "data.encode", "encode_conversation": "data.encode", "load_config": "config.load",
+    "load_weights": "model.load", "merge_rank_tables": "setup.rank_table", "process_response": "text.answers",
+    "read_metrics": "jobs.metrics", "read_rank_table": "setup.rank_table", "tool": "chat.tools",
 }
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from glm3kit.config.groups import RunConfig, load_config
+from glm3kit.config.groups import RunConfig
+from glm3kit.config.load import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"

@@ -12,7 +12,7 @@ from pathlib import Path
 from glm3kit.checkpoint.folder import STRATEGY, newest_checkpoint
 from glm3kit.checkpoint.layout import whole_tensors
 from glm3kit.checkpoint.strategy import read_strategy
-from glm3kit.config.groups import load_config
+from glm3kit.config.load import load_config
 from glm3kit.errors import CheckpointError
 from glm3kit.weights.adapters import fold_adapters, is_adapter
 from glm3kit.weights.formats.ckpt import read_ckpt

@@ -8,8 +8,8 @@ from glm3kit.config.groups import (
     ParallelConfig,
     RunConfig,
     TrainConfig,
-    load_config,
 )
+from glm3kit.config.load import load_config
 
 __all__ = ["DataConfig", "GenerateConfig", "LoraConfig", "ModelConfig", "ParallelConfig", "RunConfig", "TrainConfig",
            "load_config"]

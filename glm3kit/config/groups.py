@@ -1,17 +1,15 @@
-"""The configuration of a run: what departs from ChatGLM3-6B's defaults, checked as a whole before anything starts.
+"""The groups of a configuration: every setting with its default, once, and what settings ask of each other.
 
 The defaults of `model` are the published config.json of ChatGLM3-6B; those of `train` are MindFormers 1.1's
-`run_glm3_6b*.yaml`. Relative paths in a file are relative to that file's folder; in an override, to the working
-directory.
+`run_glm3_6b*.yaml`.
 
-    config = load_config("configs/tiny.yaml", ["train.batch_size=2"])
+    config = RunConfig(data={"train_path": "train.json"}, train={"batch_size": 2})
 """
 
-import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -28,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from glm3kit.config.yaml_lines import parse_yaml, read_yaml
+from glm3kit.config.faults import faults_of
 from glm3kit.errors import ConfigError
 from glm3kit.files import atomic_write
 
@@ -36,7 +34,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 Count = Annotated[int, Field(ge=1)]
 LoraTarget = Literal["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]  # the matrices of a layer
 Paths = Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
-# Keys that hold paths, as (group, key).
+# Keys that hold paths.
 PATH_KEYS = (("output_dir",), ("model", "checkpoint_name_or_path"), ("model", "adapters_path"),
              ("model", "tokenizer_path"), ("data", "train_path"), ("data", "eval_path"))
 # What all ChatGLM3 models have in common, as their config.json says it; another value is another model.
@@ -54,13 +52,13 @@ def read_published(path: str | Path) -> Any:
         raise ConfigError(f"{path}: cannot be read as JSON ({err}); download the file again") from err
 
 
-class Part(BaseModel):
+class Group(BaseModel):
     """Base of the groups: no unknown keys, no silent conversion of types, no change after loading."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
 
-class ModelConfig(Part):
+class ModelConfig(Group):
     """Sizes and types of a ChatGLM3; field names are those of the published config.json."""
 
     num_layers: Count = 28
@@ -121,8 +119,7 @@ class ModelConfig(Part):
     def to_hf(self) -> dict[str, Any]:
         """The content of the published config.json for these sizes; `from_hf` reads it back, the official code too."""
         own = self.model_dump(exclude={"param_dtype", "compute_dtype", "use_flash_attention",
-                                       "checkpoint_name_or_path", "adapters_path",
-                                       "tokenizer_path"})
+                                       "checkpoint_name_or_path", "adapters_path", "tokenizer_path"})
         return {"architectures": ["ChatGLMModel"], "model_type": "chatglm", "torch_dtype": self.param_dtype,
                 **own, **ARCHITECTURE, "hidden_dropout": 0.0, "attention_dropout": 0.0, "bias_dropout_fusion": True,
                 "apply_query_key_layer_scaling": True, "attention_softmax_in_fp32": True,
@@ -131,7 +128,7 @@ class ModelConfig(Part):
                 "tie_word_embeddings": False}
 
 
-class DataConfig(Part):
+class DataConfig(Group):
     """Where the rows are and how long they may get; lengths in tokens."""
 
     train_path: Paths = ()
@@ -160,13 +157,18 @@ class DataConfig(Part):
         return self.max_seq_length or self.max_source_length + self.max_target_length + 1
 
     @property
+    def names_rows(self) -> bool:
+        """Whether rows or their lengths were given, so that `seq_length` is more than a default."""
+        return bool(self.model_fields_set & {"train_path", "max_source_length", "max_target_length", "max_seq_length"})
+
+    @property
     def row_rule(self) -> str:
         """The sum of an ADGEN row, for messages."""
         return (f"max_source_length {self.max_source_length} + max_target_length {self.max_target_length} + 1 = "
                 f"{self.max_source_length + self.max_target_length + 1}")
 
 
-class LoraConfig(Part):
+class LoraConfig(Group):
     """Adapters beside frozen matrices; MindFormers' LoRA configurations also set dropout 0.1."""
 
     rank: Count = 8
@@ -176,7 +178,7 @@ class LoraConfig(Part):
     adapters_only: bool = False  # checkpoints leave the frozen weights out; merge then reads them where they came from
 
 
-class TrainConfig(Part):
+class TrainConfig(Group):
     """Optimizer, schedule and saving; AdamW and a polynomial of power 1 as in MindFormers' GLM3 configurations."""
 
     batch_size: Count = 4  # rows a device and micro-step
@@ -201,7 +203,7 @@ class TrainConfig(Part):
     hang_timeout_s: float | None = Field(1800.0, gt=0)  # no step for so long ends the job; null: wait for ever
 
 
-class ParallelConfig(Part):
+class ParallelConfig(Group):
     """How many processes train together, one a device: data_parallel x tensor_parallel."""
 
     data_parallel: Count = 1  # see different rows
@@ -222,7 +224,7 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-class GenerateConfig(Part):
+class GenerateConfig(Group):
     """How to generate. Lengths are in tokens; every limit that is given holds.
 
     max_length: prompt and answer together, at most and by default the model's window.
@@ -290,67 +292,60 @@ class GenerateConfig(Part):
         return frozenset(self.eos_token_id)
 
 
-class RunConfig(Part):
+class RunConfig(Group):
     """Everything a run is made of. `model.seq_length` is derived from `data` where `data` names rows or lengths."""
 
     name: str = Field("run", pattern=r"^[\w.-]+$")
     output_dir: str = "output"
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
+    data: DataConfig = DataConfig()  # before model, whose window follows from it
+    model: ModelConfig = Field(ModelConfig(), validate_default=True)
     train: TrainConfig = TrainConfig()
     parallel: ParallelConfig = ParallelConfig()
     generate: GenerateConfig = GenerateConfig()
 
-    @model_validator(mode="after")
-    def _derive_seq_length(self) -> "RunConfig":
-        data, derived = self.data, self.data.seq_length
-        given = data.model_fields_set
-        if data.max_seq_length and {"max_source_length", "max_target_length"} <= given:
-            if data.max_seq_length != data.max_source_length + data.max_target_length + 1:
-                raise ValueError(f"data.max_seq_length is {data.max_seq_length}, but {data.row_rule}; "
-                                 "give one or the other")
-        if not given & {"train_path", "max_source_length", "max_target_length", "max_seq_length"}:
-            return self
-        if "seq_length" not in self.model.model_fields_set:
-            # Frozen for users, not yet here.
-            self.__dict__["model"] = self.model.model_copy(update={"seq_length": derived})
-        elif self.model.seq_length != derived:
-            rule = f"max_seq_length is {derived}" if data.max_seq_length else data.row_rule
-            raise ValueError(f"model.seq_length is {self.model.seq_length}, but in data {rule}; "
-                             "leave model.seq_length out (it is derived), or change the lengths in data")
-        return self
+    @field_validator("model")
+    @classmethod
+    def _derive_seq_length(cls, model: ModelConfig, info: ValidationInfo) -> ModelConfig:
+        data = info.data.get("data")  # of the fields before this one; none where it has a fault
+        if data is None or not data.names_rows or "seq_length" in model.model_fields_set:
+            return model
+        return model.model_copy(update={"seq_length": data.seq_length})
 
     @model_validator(mode="after")
-    def _check_adapters(self) -> "RunConfig":
-        base = self.model.checkpoint_name_or_path
+    def _check(self) -> "RunConfig":
+        if conflicts := list(self._conflicts()):
+            raise ValueError("\n".join(conflicts))
+        return self
+
+    def _conflicts(self) -> Iterator[str]:
+        """What settings of different groups ask of each other, where it does not hold."""
+        data, derived, base = self.data, self.data.seq_length, self.model.checkpoint_name_or_path
+        if data.max_seq_length and {"max_source_length", "max_target_length"} <= data.model_fields_set:
+            if data.max_seq_length != data.max_source_length + data.max_target_length + 1:
+                yield f"data.max_seq_length is {data.max_seq_length}, but {data.row_rule}; give one or the other"
+        if data.names_rows and self.model.seq_length != derived:
+            rule = f"max_seq_length is {derived}" if data.max_seq_length else data.row_rule
+            yield (f"model.seq_length is {self.model.seq_length}, but in data {rule}; leave model.seq_length out (it "
+                   "is derived), or change the lengths in data")
         if base is None and (self.model.adapters_path or (self.train.lora and self.train.lora.adapters_only)):
             key = "model.adapters_path" if self.model.adapters_path else "train.lora.adapters_only"
-            raise ValueError(f"{key} is set, but model.checkpoint_name_or_path names no weights to fold adapters into; "
-                             "set it too")
-        return self
-
-    @model_validator(mode="after")
-    def _check_evaluation(self) -> "RunConfig":
-        if self.train.eval_steps and not self.data.eval_path:
-            raise ValueError("train.eval_steps is set, but data.eval_path names no held-out rows; give some, or leave "
-                             "eval_steps out")
-        return self
-
-    @model_validator(mode="after")
-    def _check_layout(self) -> "RunConfig":
-        def uneven(ranks: int) -> list[str]:
-            sizes = {key: getattr(self.model, key) for key in ("num_attention_heads", "multi_query_group_num",
-                                                               "ffn_hidden_size", "padded_vocab_size")}
-            # Several ranks may hold the same key/value group.
-            return [f"{key} {size}" for key, size in sizes.items()
-                    if size % ranks and not (key == "multi_query_group_num" and ranks % size == 0)]
-
+            yield (f"{key} is set, but model.checkpoint_name_or_path names no weights to fold adapters into; set it "
+                   "too")
+        if self.train.eval_steps and not data.eval_path:
+            yield ("train.eval_steps is set, but data.eval_path names no held-out rows; give some, or leave eval_steps "
+                   "out")
         ranks = self.parallel.tensor_parallel
-        if faults := uneven(ranks):
-            fits = [n for n in range(1, self.model.num_attention_heads + 1) if not uneven(n)]
-            raise ValueError(f"parallel.tensor_parallel is {ranks}, which does not divide {', '.join(faults)}; "
-                             f"these would do: {', '.join(map(str, fits))}")
-        return self
+        if uneven := self._uneven(ranks):
+            fits = [n for n in range(1, self.model.num_attention_heads + 1) if not self._uneven(n)]
+            yield (f"parallel.tensor_parallel is {ranks}, which does not divide {', '.join(uneven)}; these would do: "
+                   f"{', '.join(map(str, fits))}")
+
+    def _uneven(self, ranks: int) -> list[str]:
+        """The sizes that so many ranks cannot share evenly; several ranks may hold the same key/value group."""
+        sizes = {key: getattr(self.model, key) for key in ("num_attention_heads", "multi_query_group_num",
+                                                           "ffn_hidden_size", "padded_vocab_size")}
+        return [f"{key} {size}" for key, size in sizes.items()
+                if size % ranks and not (key == "multi_query_group_num" and ranks % size == 0)]
 
     @property
     def job_dir(self) -> Path:
@@ -359,112 +354,19 @@ class RunConfig(Part):
 
     def save(self, path: str | Path) -> None:
         """Write the complete configuration as YAML that `load_config` reads back equal; paths become absolute."""
-        values = self.model_dump(mode="json")
-        _absolute(values, Path.cwd())
+        values = absolute_paths(self.model_dump(mode="json"), Path.cwd())
         if self.model.seq_length != self.data.seq_length:  # no rows or lengths were given: defaults must not look so
             for key in ("train_path", "max_source_length", "max_target_length", "max_seq_length"):
                 del values["data"][key]
         atomic_write(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
-def _group(holder: type[Part], key: str) -> type[Part] | None:
-    """The group that a key of another group holds (or may hold, as `lora`), None for a plain value."""
-    field = holder.model_fields.get(key)
-    kinds = (field.annotation, *get_args(field.annotation)) if field else ()
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Part)), None)
-
-
-def faults_of(error: ValidationError, lines: dict[tuple, int | str], source: str, root: type[Part]) -> list[str]:
-    """One line a key with a fault: where it stands, what was found, what was expected."""
-    faults: dict[tuple[str, str], list[str]] = {}
-    for item in error.errors():
-        group, loc = root, ()
-        for part in item["loc"]:  # what follows the key is pydantic's: places in a list, members of a union
-            if group is None:
-                break
-            loc = (*loc, part)
-            group = _group(group, part)
-        place = loc
-        if item["type"] == "value_error":  # our own validators begin with the key that they are about
-            place += tuple(item["msg"].removeprefix("Value error, ").split(" ")[0].split("."))
-        at = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), None)
-        where = f"{source}:{at}" if isinstance(at, int) else at or source
-        if item["type"] == "extra_forbidden":
-            holder = root
-            for part in loc[:-1]:
-                holder = _group(holder, part)
-            near = difflib.get_close_matches(loc[-1], list(holder.model_fields), 1)
-            message = "unknown key; " + (f"did you mean '{near[0]}'?" if near else
-                                         f"known here: {', '.join(holder.model_fields)}")
-        elif item["type"] == "value_error":
-            message = item["msg"].removeprefix("Value error, ")
-        else:
-            message = f"{item['msg'].replace('Input s', 's')}, got {item['input']!r}"
-        faults.setdefault((where, ".".join(loc)), []).append(message)
-    return [f"{where}: {key + ': ' if key else ''}{' or '.join(messages)}" for (where, key), messages in faults.items()]
-
-
-def _absolute(values: dict, folder: Path) -> None:
-    """Make the paths of a parsed file absolute, in place."""
-    for *groups, key in PATH_KEYS:
-        holder = values
-        for group in groups:
-            holder = holder.get(group) if isinstance(holder, dict) else None
-        if not isinstance(holder, dict):
-            continue
-        value = holder.get(key)
-        if isinstance(value, str):
-            holder[key] = str((folder / Path(value).expanduser()).resolve())
-        elif isinstance(value, list):
-            holder[key] = [str((folder / Path(v).expanduser()).resolve()) if isinstance(v, str) else v for v in value]
-
-
-def is_mindformers(values: dict) -> bool:
-    """Whether a parsed YAML has MindFormers' form, which `glm3kit.config.mindformers` reads."""
-    return isinstance(values.get("model"), dict) and isinstance(values["model"].get("model_config"), dict)
-
-
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a configuration file and apply overrides such as "train.batch_size=2".
-
-    The name of the run is the file's name unless `name` is given; results go to `output` in the working directory
-    unless `output_dir` is given.
-    Raises ConfigError that lists all faults together, each with file and line: unknown keys, wrong types, keys that
-    stand twice, a seq_length that does not match the data.
-    """
-    path = Path(path)
-    values, lines = read_yaml(path)
-    if is_mindformers(values):
-        raise ConfigError(f"{path}: this is MindFormers' form, of which AutoConfig.from_pretrained reads the model; "
-                          "for everything else copy the values that differ into one of the files in configs/")
-    values.setdefault("name", path.stem)
-    _absolute(values, path.parent)
-    values.setdefault("output_dir", str(Path("output").resolve()))
-
-    faults = []
-    where: dict[tuple, int | str] = dict(lines)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        keys = tuple(key.strip().split("."))
-        if not equals or not all(keys):
-            faults.append(f"override '{override}': expected group.key=value, such as train.batch_size=2")
-            continue
-        parsed, _ = parse_yaml(f"value: {value}" if value.strip() else "value: null", f"override '{override}'")
-        patch: dict = {keys[-1]: parsed["value"]}
-        for part in reversed(keys[:-1]):
-            patch = {part: patch}
-        _absolute(patch, Path.cwd())
-        holder, source = values, patch
-        for part in keys[:-1]:
-            if not isinstance(holder.get(part), dict):
-                holder[part] = {}
-            holder, source = holder[part], source[part]
-        holder[keys[-1]] = source[keys[-1]]
-        where[keys] = f"override '{override}'"
-    try:
-        config = RunConfig(**values)
-    except ValidationError as err:
-        faults += faults_of(err, where, str(path), RunConfig)
-    if faults:
-        raise ConfigError("\n".join(faults))
-    return config
+def absolute_paths(value: Any, folder: Path, keys: tuple[str, ...] = ()) -> Any:
+    """A parsed value with its paths made absolute from `folder`; keys: where it stands in a configuration."""
+    if isinstance(value, dict):
+        return {key: absolute_paths(item, folder, (*keys, key)) for key, item in value.items()}
+    if keys not in PATH_KEYS:
+        return value
+    if isinstance(value, list):
+        return [absolute_paths(item, folder, keys) for item in value]
+    return str((folder / Path(value).expanduser()).resolve()) if isinstance(value, str) else value

@@ -13,7 +13,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from glm3kit.config.groups import ARCHITECTURE, ModelConfig, faults_of, is_mindformers, load_config
+from glm3kit.config.faults import faults_of
+from glm3kit.config.groups import ARCHITECTURE, ModelConfig
+from glm3kit.config.load import is_mindformers, load_config
 from glm3kit.config.yaml_lines import read_yaml
 from glm3kit.errors import ConfigError
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from glm3kit.config.groups import load_config
+from glm3kit.config.load import load_config
 from glm3kit.errors import JobError
 from glm3kit.files import atomic_write
 from glm3kit.jobs.metrics import METRICS_FILE, NewRecords

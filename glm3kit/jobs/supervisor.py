@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from glm3kit.checkpoint.folder import clear_unfinished
-from glm3kit.config.groups import load_config
+from glm3kit.config.load import load_config
 from glm3kit.files import atomic_write
 from glm3kit.jobs.diagnosis import diagnose
 from glm3kit.jobs.environment import process_variables

@@ -18,7 +18,7 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from glm3kit.config.groups import load_config
+from glm3kit.config.load import load_config
 from glm3kit.errors import Glm3KitError
 from glm3kit.jobs.job import LIVE, Job, elsewhere
 from glm3kit.jobs.launch import launch

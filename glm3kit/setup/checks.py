@@ -1,6 +1,6 @@
 """Is this machine ready? Each check says what it found and what to do next, and none keeps the others from running.
 
-What the libraries of a check need is imported inside it: the doctor runs where packages are missing.
+A check imports inside itself what may be missing: a machine without some packages is checked, too.
 Versions: MindSpore is compiled against NumPy 1 without saying so; MindSpore 2.10 has wheels for Python 3.9 to 3.12.
 
     print(format_checks(run_checks(load_config("configs/tiny.yaml"))))
@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from glm3kit.config.groups import RunConfig
 
 PYTHON = (3, 10), (3, 12)  # oldest, newest
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 OPTIMIZER_BYTES = 12  # a parameter: float32 weights and two moments
 # Prints one line of JSON: version, device.
 PROBE = """
@@ -59,13 +59,18 @@ class Machine:
     root: Path
 
     @property
+    def target(self) -> str:
+        """What device_target a run has here: "auto" without a configuration."""
+        return self.config.parallel.device_target if self.config else "auto"
+
+    @property
     def ranks(self) -> int:
         return self.config.parallel.ranks if self.config else 1
 
     @property
     def cards(self) -> list[int]:
         """The Ascend cards that a run would use; none where it is for the CPU."""
-        return [] if self.config and self.config.parallel.device_target == "CPU" else ascend_cards(self.root)
+        return [] if self.target == "CPU" else ascend_cards(self.root)
 
 
 def check_python(machine: Machine, version: tuple[int, ...] = sys.version_info[:3]) -> Check:
@@ -76,9 +81,16 @@ def check_python(machine: Machine, version: tuple[int, ...] = sys.version_info[:
     return Check("Python", "failed", finding, f"use Python {oldest} to {newest}: MindSpore has no packages for others")
 
 
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def check_packages(machine: Machine, requirements: Iterable[str] | None = None) -> Check:
     """Compare what is installed with what the package asks for (`dependencies` in pyproject.toml)."""
-    from packaging.requirements import Requirement
+    from packaging.requirements import Requirement  # here: it may be missing
 
     if requirements is None:
         try:
@@ -86,31 +98,22 @@ def check_packages(machine: Machine, requirements: Iterable[str] | None = None) 
         except importlib.metadata.PackageNotFoundError:
             return Check("packages", "warning", "glm3kit is used without being installed: nothing says what it needs",
                          "in the folder of pyproject.toml: pip install .")
-    wrong, count = [], 0
-    for requirement in map(Requirement, requirements):
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        count += 1
-        try:
-            version = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            wrong.append((requirement, "is missing"))
-            continue
-        if not requirement.specifier.contains(version, prereleases=True):
-            wrong.append((requirement, f"is {version}"))
+    here = [needed for needed in map(Requirement, requirements)
+            if needed.marker is None or needed.marker.evaluate({"extra": ""})]
+    wrong = [(needed, f"is {version}" if version else "is missing")
+             for needed in here for version in [_installed(needed.name)]
+             if version is None or not needed.specifier.contains(version, prereleases=True)]
     if not wrong:
-        return Check("packages", "ok", f"{count} packages are in the versions asked for")
+        return Check("packages", "ok", f"{len(here)} packages are in the versions asked for")
     finding = "; ".join(f"{needed.name} {what}, expected {needed.specifier or 'any'}" for needed, what in wrong)
     names = " ".join(f"'{needed.name}{needed.specifier}'" for needed, _ in wrong)
     return Check("packages", "failed", finding, f"pip install {names}")
 
 
 def check_numpy(machine: Machine, version: str | None = None) -> Check:
+    version = version or _installed("numpy")
     if version is None:
-        try:
-            version = importlib.metadata.version("numpy")
-        except importlib.metadata.PackageNotFoundError:
-            return Check("NumPy", "failed", "is missing", "pip install 'numpy<2'")
+        return Check("NumPy", "failed", "is missing", "pip install 'numpy<2'")
     if int(version.split(".")[0]) < 2:
         return Check("NumPy", "ok", version)
     return Check("NumPy", "failed", f"{version}; MindSpore is compiled against NumPy 1: some operators fail to import",
@@ -140,7 +143,7 @@ def check_mindspore(machine: Machine, time_limit_s: float = 180, probe: str = PR
 
 def _memory_bytes(root: Path) -> int:
     """Memory of the machine, or of the container if that has less."""
-    import psutil
+    import psutil  # here: it may be missing
 
     total = psutil.virtual_memory().total
     for place in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup 2, cgroup 1
@@ -151,10 +154,12 @@ def _memory_bytes(root: Path) -> int:
     return total
 
 
-def _parameters(config: "RunConfig") -> int:
-    from glm3kit.weights.names import parameter_shapes
+def _weights(config: "RunConfig") -> tuple[int, int]:
+    """How many weights the model has, and how many bytes they take."""
+    from glm3kit.weights.names import parameter_shapes  # here: see the top
 
-    return sum(map(prod, parameter_shapes(config.model).values()))
+    count = sum(map(prod, parameter_shapes(config.model).values()))
+    return count, count * (4 if config.model.param_dtype == "float32" else 2)
 
 
 def _gigabytes(count: float) -> str:
@@ -177,25 +182,22 @@ def _npu_smi(machine: Machine) -> str:
 
 def check_devices(machine: Machine) -> Check:
     cards, config = machine.cards, machine.config
-    target = config.parallel.device_target if config else "auto"
-    layout = "parallel.data_parallel x tensor_parallel"
     if cards:
         finding = f"{len(cards)} Ascend card(s): {', '.join(map(str, cards))}; {_npu_smi(machine)}"
         if machine.ranks > len(cards):
             return Check("devices", "failed", f"{finding}; the configuration asks for {machine.ranks}",
-                         f"lower {layout} to {len(cards)}")
+                         f"lower parallel.data_parallel x tensor_parallel to {len(cards)}")
         return Check("devices", "ok", finding)
-    if target == "Ascend":
+    if machine.target == "Ascend":
         return Check("devices", "failed", "no Ascend card: there is no /dev/davinci0",
                      "use a machine with cards (in a container: pass them in), or set parallel.device_target to CPU")
     memory, cores = _memory_bytes(machine.root), os.cpu_count() or 1
     finding = f"CPU: {cores} cores, {_gigabytes(memory)} of memory"
-    needed = 0
     if config:  # every data-parallel process holds all weights
-        needed = _parameters(config) * BYTES[config.model.param_dtype] * config.parallel.data_parallel
-    if needed > memory:
-        return Check("devices", "warning", f"{finding}; the weights alone take {_gigabytes(needed)}",
-                     "use a machine with Ascend cards, or a smaller model such as configs/tiny.yaml")
+        needed = _weights(config)[1] * config.parallel.data_parallel
+        if needed > memory:
+            return Check("devices", "warning", f"{finding}; the weights alone take {_gigabytes(needed)}",
+                         "use a machine with Ascend cards, or a smaller model such as configs/tiny.yaml")
     return Check("devices", "ok", finding)
 
 
@@ -205,12 +207,12 @@ def check_rank_table(machine: Machine) -> Check:
         return Check("rank table", "skipped", "none (RANK_TABLE_FILE, /user/config): a run on this machine needs none")
     table = read_rank_table(path)
     finding = f"{path}: {table.rank_size} device(s) on {len(table.servers)} server(s)"
-    if machine.config and machine.config.parallel.device_target == "CPU":
+    if machine.target == "CPU":
         return Check("rank table", "skipped", f"{finding}; not used: parallel.device_target is CPU")
-    table.first(machine.ranks)
-    if len(table.servers) > 1:
-        return Check("rank table", "ok", finding, "launch the same on each, with an output_dir that all of them see")
-    return Check("rank table", "ok", finding)
+    table.first(machine.ranks)  # raises where it lists fewer devices
+    several = len(table.servers) > 1
+    return Check("rank table", "ok", finding,
+                 "launch the same on each, with an output_dir that all of them see" if several else "")
 
 
 def check_disk(machine: Machine) -> Check:
@@ -224,10 +226,9 @@ def check_disk(machine: Machine) -> Check:
     finding = f"{_gigabytes(free)} free for {folder}"
     if config is None:
         return Check("disk", "ok", finding)
-    weights = _parameters(config) * BYTES[config.model.param_dtype]
-    checkpoint = weights + _parameters(config) * OPTIMIZER_BYTES
+    parameters, weights = _weights(config)
     count = config.train.keep_checkpoints + 1  # the new one is complete before an old one goes
-    needed = count * checkpoint + weights
+    needed = count * (weights + parameters * OPTIMIZER_BYTES) + weights
     finding += f"; {count} checkpoints and merged weights take about {_gigabytes(needed)}"
     if free < needed:
         return Check("disk", "warning", finding, "set output_dir to a larger disk, or lower train.keep_checkpoints")
@@ -235,13 +236,11 @@ def check_disk(machine: Machine) -> Check:
 
 
 def check_tokenizer(machine: Machine) -> Check:
-    if machine.config is None:
-        return Check("tokenizer", "skipped", "no configuration was given")
     model = machine.config.model
     if model.tokenizer_path is None:
         return Check("tokenizer", "failed", "model.tokenizer_path is not set",
                      "set it to the tokenizer.model published with ChatGLM3-6B")
-    from glm3kit.text.tokenizer import ChatGLM3Tokenizer
+    from glm3kit.text.tokenizer import ChatGLM3Tokenizer  # here: see the top
 
     size = ChatGLM3Tokenizer(model.tokenizer_path).vocab_size
     finding = f"{model.tokenizer_path}: {size:,} ids"
@@ -251,39 +250,30 @@ def check_tokenizer(machine: Machine) -> Check:
     return Check("tokenizer", "ok", finding)
 
 
-def _check_data(machine: Machine, key: str) -> Check:
+def check_data(machine: Machine, key: str) -> Check:
     """Open each file of data.train_path or data.eval_path and check its first row."""
-    from glm3kit.data.rows import read_rows
+    from glm3kit.data.rows import read_rows  # here: see the top
 
-    paths = getattr(machine.config.data, key) if machine.config else ()
+    name, paths = f"data.{key}", getattr(machine.config.data, key)
     if not paths:
-        return Check(f"data.{key}", "skipped", "is not set" if machine.config else "no configuration was given")
+        return Check(name, "skipped", "is not set")
     for path in paths:
         if next(read_rows([path], machine.config.data), None) is None:
-            return Check(f"data.{key}", "failed", f"{path}: holds no row", "give a file of JSON lines with rows")
+            return Check(name, "failed", f"{path}: holds no row", "give a file of JSON lines with rows")
     size = sum(Path(path).stat().st_size for path in paths)
-    return Check(f"data.{key}", "ok", f"{len(paths)} file(s), {size / 1e6:,.1f} MB; the first row of each is fine")
-
-
-def check_train_data(machine: Machine) -> Check:
-    return _check_data(machine, "train_path")
-
-
-def check_eval_data(machine: Machine) -> Check:
-    return _check_data(machine, "eval_path")
+    return Check(name, "ok", f"{len(paths)} file(s), {size / 1e6:,.1f} MB; the first row of each is fine")
 
 
 def check_weights(machine: Machine) -> Check:
     """Compare names and shapes of the weights with the configuration; the values are not read."""
-    path = machine.config.model.checkpoint_name_or_path if machine.config else None
+    path = machine.config.model.checkpoint_name_or_path
     if path is None:
-        why = "model.checkpoint_name_or_path is not set" if machine.config else "no configuration was given"
-        return Check("weights", "skipped", why)
+        return Check("weights", "skipped", "model.checkpoint_name_or_path is not set")
     if not Path(path).exists():
         return Check("weights", "warning", f"{path}: not there yet",
                      f"convert published weights: glm3kit convert SRC {path}")
-    from glm3kit.weights.names import parameter_shapes
-    from glm3kit.weights.read import read_weights
+    from glm3kit.weights.names import parameter_shapes  # here: see the top
+    from glm3kit.weights.read import read_weights  # here: see the top
 
     specs, shapes = read_weights(path).specs, parameter_shapes(machine.config.model)
     wrong = [name for name in {**shapes, **specs} if name not in specs or specs[name].shape != shapes.get(name)]
@@ -297,8 +287,10 @@ def check_weights(machine: Machine) -> Check:
 CHECKS: dict[str, Callable[[Machine], Check]] = {
     "Python": check_python, "packages": check_packages, "NumPy": check_numpy, "MindSpore": check_mindspore,
     "devices": check_devices, "rank table": check_rank_table, "disk": check_disk, "tokenizer": check_tokenizer,
-    "data.train_path": check_train_data, "data.eval_path": check_eval_data, "weights": check_weights,
+    "data.train_path": partial(check_data, key="train_path"), "data.eval_path": partial(check_data, key="eval_path"),
+    "weights": check_weights,
 }
+NEED_CONFIG = ("tokenizer", "data.train_path", "data.eval_path", "weights")
 
 
 def run_checks(config: "RunConfig | None" = None, environ: Mapping[str, str] = os.environ,
@@ -310,6 +302,9 @@ def run_checks(config: "RunConfig | None" = None, environ: Mapping[str, str] = o
     machine = Machine(config, environ, Path(root))
     results = []
     for name, check in CHECKS.items():
+        if config is None and name in NEED_CONFIG:
+            results.append(Check(name, "skipped", "no configuration was given"))
+            continue
         try:
             results.append(check(machine))
         except Glm3KitError as err:  # its message ends with what to do

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from glm3kit.errors import RankTableError
 from glm3kit.files import atomic_write
-from glm3kit.setup.rank_table_forms import Device, Server, Unfinished, faults_of, read_form
+from glm3kit.setup.rank_table_forms import Device, Server, Unfinished, conflicts, read_form
 
 MODELARTS_FOLDER = "user/config"
 MODELARTS_NAMES = ("jobstart_hccl.json", "nbstart_hccl.json")  # a training job's, a notebook's
@@ -40,7 +40,7 @@ class RankTable:
     source: str = field(default="rank table", compare=False)
 
     def __post_init__(self) -> None:
-        _refuse(self.source, faults_of(self.servers))
+        _refuse(self.source, conflicts(self.servers))
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -156,12 +156,10 @@ def find_rank_table(environ: Mapping[str, str] = os.environ, root: str | Path = 
 
     Returns None if there is none. Raises RankTableError if RANK_TABLE_FILE is set but leads nowhere.
     """
-    folder = Path(root) / MODELARTS_FOLDER
     given = environ.get("RANK_TABLE_FILE")
-    if given:
-        folder = Path(given)
-        if folder.is_file():
-            return folder
+    folder = Path(given) if given else Path(root) / MODELARTS_FOLDER
+    if folder.is_file():
+        return folder
     for name in MODELARTS_NAMES:
         if (folder / name).is_file():
             return folder / name
@@ -169,6 +167,16 @@ def find_rank_table(environ: Mapping[str, str] = os.environ, root: str | Path = 
         found = f"a folder without {' or '.join(MODELARTS_NAMES)}" if folder.is_dir() else "no such file or folder"
         raise UnfinishedTableError(f"RANK_TABLE_FILE={given}: {found}; set it to the rank table, or unset it")
     return None
+
+
+def rank_table_path(path: str | Path | None = None, environ: Mapping[str, str] = os.environ,
+                    root: str | Path = "/") -> str | Path:
+    """The path that was given, else where this machine has its table; raises UnfinishedTableError if it has none."""
+    found = path or find_rank_table(environ, root)
+    if found is None:
+        raise UnfinishedTableError(f"no rank table: RANK_TABLE_FILE is not set and {Path(root) / MODELARTS_FOLDER} "
+                                   "holds none; give its path")
+    return found
 
 
 def wait_for_rank_table(path: str | Path | None = None, timeout_s: float = 600,
@@ -187,10 +195,7 @@ def wait_for_rank_table(path: str | Path | None = None, timeout_s: float = 600,
     while True:
         late = time.monotonic() - start > timeout_s
         try:
-            place = path or find_rank_table(environ, root)
-            if place is None:
-                raise UnfinishedTableError(f"no rank table: RANK_TABLE_FILE is not set and "
-                                           f"{Path(root) / MODELARTS_FOLDER} holds none; give its path")
+            place = rank_table_path(path, environ, root)
             table = read_rank_table(place)
             if not told or table == before:
                 return table

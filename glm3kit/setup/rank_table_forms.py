@@ -271,11 +271,11 @@ def read_form(content: dict) -> tuple[list[Server], list[str]]:
                           "(rank_list), and the group and lab forms (group_list)")
     else:
         read(reading, content)
-    faults = reading.faults + faults_of(reading.servers, whole=not reading.faults)
+    faults = reading.faults + conflicts(reading.servers, whole=not reading.faults)
     return reading.servers, list(dict.fromkeys(faults))
 
 
-def faults_of(servers: Iterable[Server], whole: bool = True) -> list[str]:
+def conflicts(servers: Iterable[Server], whole: bool = True) -> list[str]:
     """What servers that each can be read are in conflict about; [] for a table that can be used.
 
     whole: whether nothing is known to be missing: then ranks without a gap are expected.

@@ -19,7 +19,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from glm3kit.config.groups import ModelConfig, load_config, read_published
+from glm3kit.config.groups import ModelConfig, read_published
+from glm3kit.config.load import load_config
 from glm3kit.errors import CheckpointError
 from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 from glm3kit.weights.hf_glm import PUBLISHED_STOP_IDS, chatglm_config, glm_config, tokenizer_files

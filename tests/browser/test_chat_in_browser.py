@@ -13,7 +13,7 @@ from playwright.sync_api import Locator, Page, expect
 from support import ROOT
 
 from glm3kit.chat.transcript import read_transcript
-from glm3kit.config.groups import load_config
+from glm3kit.config.load import load_config
 from glm3kit.notebook.chat_widget import GUIDE
 from glm3kit.weights.convert import convert_weights
 from glm3kit.weights.random import write_random_hub_weights

@@ -12,7 +12,7 @@ from glm3kit.chat.session import ChatSession
 from glm3kit.chat.terminal import printable, talk
 from glm3kit.chat.tools import calculate
 from glm3kit.chat.transcript import read_transcript
-from glm3kit.config.groups import load_config
+from glm3kit.config.load import load_config
 from glm3kit.weights.random import write_random_hub_weights
 
 SHORT = [*SMALL, "generate.max_new_tokens=4"]

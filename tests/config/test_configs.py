@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
-from glm3kit.config.groups import load_config
+from glm3kit.config.load import load_config
 
 CONFIGS = ROOT / "configs"
 # MindFormers 1.1, configs/glm3/: window, type, source, target, batch, epochs, learning rate, save every, keep

@@ -8,7 +8,7 @@ from support import ROOT
 
 from glm3kit import tiny
 from glm3kit.__main__ import main
-from glm3kit.config.groups import load_config
+from glm3kit.config.load import load_config
 from glm3kit.data.encode import prepare_data
 from glm3kit.data.mindrecord import write_mindrecord
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from support import TINY
 
-from glm3kit.config.groups import DataConfig, load_config
+from glm3kit.config.groups import DataConfig
+from glm3kit.config.load import load_config
 from glm3kit.data.encode import prepare_data
 from glm3kit.data.report import find_overlap, length_panels, recommend_window, recommendation, window_choices
 from glm3kit.data.token_file import ADGEN, CONVERSATION, EncodedRows, write_token_file

@@ -9,7 +9,7 @@ import pytest
 from jobs.scripted import make_config, nothing_runs
 from support import until
 
-from glm3kit.config.groups import load_config
+from glm3kit.config.load import load_config
 from glm3kit.errors import JobError
 from glm3kit.jobs.job import Job
 from glm3kit.jobs.process import job_processes

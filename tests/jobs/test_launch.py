@@ -13,7 +13,8 @@ from support import until
 
 import glm3kit.jobs.launch
 import glm3kit.setup.rank_table
-from glm3kit.config.groups import RunConfig, load_config
+from glm3kit.config.groups import RunConfig
+from glm3kit.config.load import load_config
 from glm3kit.errors import JobError, RankTableError
 from glm3kit.jobs.job import Job
 from glm3kit.jobs.launch import choose_rank_table, launch, plan_launch, start_job

@@ -5,7 +5,8 @@ import psutil
 import pytest
 from support import ROOT
 
-from glm3kit.config.groups import TrainConfig, load_config
+from glm3kit.config.groups import TrainConfig
+from glm3kit.config.load import load_config
 from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.train.run import Trainer
 

@@ -7,7 +7,7 @@ import pytest
 from support import TINY
 
 from glm3kit.__main__ import main
-from glm3kit.config.groups import load_config
+from glm3kit.config.load import load_config
 from glm3kit.data.encode import prepare_data
 from glm3kit.notebook.data_report import choice_table, data_report, report_text, samples, skip_table, write_report
 from glm3kit.notebook.figures import length_figure

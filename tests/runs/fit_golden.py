@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from glm3kit.config.groups import LoraConfig, ModelConfig, TrainConfig, load_config
+from glm3kit.config.groups import LoraConfig, ModelConfig, TrainConfig
+from glm3kit.config.load import load_config
 from glm3kit.jobs.process import rank_process
 from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.model.load import load_weights

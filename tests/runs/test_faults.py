@@ -20,7 +20,7 @@ from support import ROOT, SMALL, TINY, until
 
 import glm3kit.jobs.launch
 from glm3kit.checkpoint.folder import checkpoints, damage
-from glm3kit.config.groups import load_config
+from glm3kit.config.load import load_config
 from glm3kit.jobs.job import Job
 from glm3kit.jobs.launch import launch, start_job
 from glm3kit.jobs.process import is_running, job_processes

@@ -8,7 +8,7 @@ from support import ROOT
 
 from glm3kit.checkpoint.folder import checkpoints
 from glm3kit.checkpoint.merge import merge
-from glm3kit.config.groups import load_config
+from glm3kit.config.load import load_config
 from glm3kit.errors import CheckpointError, JobError
 from glm3kit.jobs.job import Job
 from glm3kit.jobs.launch import launch

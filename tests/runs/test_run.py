@@ -8,7 +8,8 @@ from support import ROOT
 
 from glm3kit.checkpoint.folder import checkpoints
 from glm3kit.checkpoint.merge import merge
-from glm3kit.config.groups import ModelConfig, load_config
+from glm3kit.config.groups import ModelConfig
+from glm3kit.config.load import load_config
 from glm3kit.data.encode import encode_conversation
 from glm3kit.data.token_file import IGNORE_INDEX
 from glm3kit.errors import JobError

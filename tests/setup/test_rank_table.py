@@ -1,5 +1,6 @@
 """Rank tables: the real files, every form, every fault with a precise error, waiting for one, merging."""
 
+import contextlib
 import json
 import random
 import re
@@ -317,7 +318,7 @@ def test_a_missing_file_a_folder_and_bytes_that_are_no_text_are_errors(tmp_path)
             read_rank_table(path)
 
 
-def test_a_damaged_table_raises_no_other_error(table_file):
+def test_a_damaged_table_raises_no_other_error(monkeypatch):
     nonsense = [None, 7, -1, 1.5, True, "", "x", [], {}, [None], [{}], [[1]], {"a": 1}]
     draw = random.Random(0)
     for _ in range(2000):
@@ -335,10 +336,9 @@ def test_a_damaged_table_raises_no_other_error(table_file):
             else:
                 holder[key] = draw.choice(nonsense)
             break
-        try:
-            read_rank_table(table_file(content))
-        except RankTableError:
-            pass
+        monkeypatch.setattr("glm3kit.setup.rank_table._load", lambda path, content=content: content)
+        with contextlib.suppress(RankTableError):
+            read_rank_table("damaged.json")
 
 
 def test_fewer_devices_than_asked_for_gives_both_numbers():

@@ -7,7 +7,8 @@ from mindspore import Tensor
 from support import ROOT
 
 from glm3kit.checkpoint.merge import merge
-from glm3kit.config.groups import LoraConfig, ModelConfig, RunConfig, TrainConfig, load_config
+from glm3kit.config.groups import LoraConfig, ModelConfig, RunConfig, TrainConfig
+from glm3kit.config.load import load_config
 from glm3kit.errors import CheckpointError, ConfigError
 from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.model.held_out import HeldOutLoss

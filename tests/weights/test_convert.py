@@ -312,7 +312,7 @@ def test_a_published_form_of_unknown_sizes_asks_for_them(sources, hub, published
 
 
 def test_a_configuration_of_the_kit_gives_sizes_and_tokenizer(tmp_path):
-    from glm3kit.config.groups import load_config
+    from glm3kit.config.load import load_config
 
     tiny = ROOT / "configs" / "tiny.yaml"
     cfg = load_config(tiny).model
