@@ -60,7 +60,7 @@ def draw_rows(rng: Random, count: int, seen: set[frozenset[tuple[str, str]]]) ->
 def asked_contents(record: dict[str, Any]) -> list[str]:
     """List the contents in ADGEN's form that a record's user turns ask an advertisement for."""
     texts = (turn["content"] for turn in record["conversations"] if turn["role"] == "user")
-    return [text[text.index(f"{KIND}#") :] for text in texts if f"{KIND}#" in text]
+    return [text[text.index(f"{KIND}#"):] for text in texts if f"{KIND}#" in text]
 
 
 def draw_records(rng: Random, count: int, seen: set[frozenset[tuple[str, str]]]) -> list[dict[str, Any]]:
@@ -111,7 +111,7 @@ def value_pieces(tokenizer: ChatGLM3Tokenizer, text: str, value: str) -> list[st
     borders = [0, *accumulate(map(len, pieces))]
     for place in re.finditer(value, "▁" + text):
         if place.start() in borders and place.end() in borders:
-            return pieces[borders.index(place.start()) : borders.index(place.end())]
+            return pieces[borders.index(place.start()):borders.index(place.end())]
     return None
 
 
@@ -135,7 +135,8 @@ def report(tokenizer: ChatGLM3Tokenizer, rows: list[dict[str, str]], records: li
     alike = 0
     for row, value in places:
         pieces = value_pieces(tokenizer, row["content"], value)
-        alike += pieces is not None and pieces == value_pieces(tokenizer, row["summary"], value)
+        if pieces is not None and pieces == value_pieces(tokenizer, row["summary"], value):
+            alike += 1
     lines = [f"{name}: mean {sum(counts) / len(counts):.1f}, longest {max(counts)} tokens of {limit}"
              for name, counts, limit in (("content", sources, MAX_SOURCE), ("summary", targets, MAX_TARGET),
                                          ("record", lengths, MAX_RECORD))]  # fmt: skip

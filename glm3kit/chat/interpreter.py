@@ -84,8 +84,7 @@ def watch() -> Watch | None:
     """Begin to keep what cells print, once; None outside of IPython."""
     global _watch
     with _lock:
-        shell = _shell()
-        if _watch is None and shell is not None:
+        if _watch is None and (shell := _shell()) is not None:
             _watch = Watch(shell)
         return _watch
 

@@ -91,10 +91,9 @@ class Batches:
                  pad_id: int = 0, bucket_lengths: Sequence[int] = (), packing: bool = False):
         assert 0 <= rank < ranks and batch_size > 0
         if tokens.longest > seq_length:
-            raise DataError(
-                f"{tokens.folder}: rows have up to {tokens.longest} tokens, but seq_length is {seq_length}; make "
-                "max_source_length + max_target_length + 1 (or max_seq_length) in data equal to the model's seq_length "
-                "and encode again")
+            raise DataError(f"{tokens.folder}: rows have up to {tokens.longest} tokens, but seq_length is "
+                            f"{seq_length}; make max_source_length + max_target_length + 1 (or max_seq_length) in data "
+                            "equal to the model's seq_length and encode again")
         self.packs = pack_rows(tokens.lengths, seq_length) if packing else None
         # Tokens of what stands in one row of a batch.
         self.sizes = np.array([tokens.lengths[pack].sum() for pack in self.packs]) if self.packs else tokens.lengths
@@ -103,9 +102,9 @@ class Batches:
         self.steps_per_epoch = math.floor(steps) if drop_last else math.ceil(steps)
         if not self.steps_per_epoch:
             kind = "packed rows" if packing else "rows"
-            raise DataError(
-                f"{tokens.folder}: {len(self.sizes)} {kind} do not fill one batch of {batch_size} rows on each of "
-                f"{ranks} devices ({self.global_batch} rows); lower train.batch_size or give more data")
+            raise DataError(f"{tokens.folder}: {len(self.sizes)} {kind} do not fill one batch of {batch_size} rows on "
+                            f"each of {ranks} devices ({self.global_batch} rows); lower train.batch_size or give more "
+                            "data")
         if not 0 <= start_step <= self.steps_per_epoch * epochs:
             raise DataError(f"{tokens.folder}: start_step is {start_step}, but {epochs} epochs have "
                             f"{self.steps_per_epoch * epochs} steps; raise train.epochs to train on")

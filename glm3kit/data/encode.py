@@ -38,7 +38,7 @@ BATCHES_AHEAD = 4  # handed to it before the ids of the first are needed
 # Settings that encoded rows depend on, besides the window.
 SETTINGS = {"origin_columns", "max_source_length", "max_target_length", "tools_indent", "skip_bad"}
 
-Encoded = tuple[list[np.ndarray], bytes]  # ids of a row, in pieces, and for each 1 if the prediction made there counts
+Encoded = tuple[list[np.ndarray], bytes]  # a row: arrays of its ids; for each id 1 if the prediction made there counts
 
 
 class _Join:

@@ -132,8 +132,7 @@ def duration(seconds: float) -> str:
 
 def state_html(progress: Progress, note: str = "") -> str:
     """State and note, in a line; the reason of an end below it. Everything that was read is escaped."""
-    state = escape(progress.state)
-    name = escape(STATES.get(progress.state, progress.state))
+    state, name = escape(progress.state), escape(STATES.get(progress.state, progress.state))
     line = f'<span class="glm3kit-state glm3kit-{state}" role="status">{name}</span>'
     reason = f"<pre>{escape(progress.reason)}</pre>" if progress.reason else ""
     return f"{line}{escape(note)}{reason}"
@@ -144,10 +143,9 @@ def numbers_html(progress: Progress) -> str:
     def shown(value: float | None, form: str) -> str:
         return "–" if value is None else format(value, form)
 
-    steps = f"{progress.step} / {progress.total_steps or '?'}"
-    left = "–" if progress.left_s is None else duration(progress.left_s)
-    rows = {"step 步": steps, "time left 剩余时间": left, "loss 损失": shown(progress.loss, ".4f"),
-            "learning rate 学习率": shown(progress.learning_rate, ".3g"),
+    rows = {"step 步": f"{progress.step} / {progress.total_steps or '?'}",
+            "time left 剩余时间": "–" if progress.left_s is None else duration(progress.left_s),
+            "loss 损失": shown(progress.loss, ".4f"), "learning rate 学习率": shown(progress.learning_rate, ".3g"),
             "tokens/s 速度": shown(progress.tokens_per_second, ",.0f")}
     # no <dl>: JupyterLab's own rules let its parts float
     cells = (f'<div><span class="glm3kit-name">{name}</span><span class="glm3kit-value">{escape(value)}</span></div>'

@@ -82,9 +82,8 @@ def conversation_messages(record: Mapping[str, Any]) -> list[Message]:
     turns = record.get("conversations") if isinstance(record, Mapping) else None
     if not isinstance(turns, list) or not turns:
         raise PromptError(f"'conversations' is not a list of turns: got {str(turns)[:40]!r}")
-    messages = []
-    if record.get("tools") is not None:
-        messages.append(Message("system", TOOLS_PROMPT, tools=record["tools"]))
+    tools = record.get("tools")
+    messages = [] if tools is None else [Message("system", TOOLS_PROMPT, tools=tools)]
     for number, turn in enumerate(turns, 1):
         try:
             messages += _turn_messages(turn)

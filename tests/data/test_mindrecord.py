@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 from mindspore.dataset import MindDataset
-from support import ROOT
+from support import TINY
 
 from glm3kit import tiny
 from glm3kit.__main__ import main
@@ -12,14 +12,12 @@ from glm3kit.config.load import load_config
 from glm3kit.data.encode import prepare_data
 from glm3kit.data.mindrecord import write_mindrecord
 
-CONFIG = ROOT / "configs/tiny.yaml"
-
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
     """The held-out rows of the tiny model."""
     folder = tmp_path_factory.mktemp("output")
-    config = load_config(CONFIG, [f"output_dir={folder}", f"data.train_path={tiny.CONVERSATIONS}"])
+    config = load_config(TINY, [f"output_dir={folder}", f"data.train_path={tiny.CONVERSATIONS}"])
     return prepare_data(config, progress=False)["eval"]
 
 
@@ -55,7 +53,7 @@ def test_a_failure_leaves_nothing_half_written(tokens, tmp_path, monkeypatch):
 
 
 def test_the_command_writes_it_beside_the_token_file(tokens, tmp_path, capsys):
-    call = ["data", str(CONFIG), f"output_dir={tmp_path}", f"data.train_path={tiny.DEV}", "data.eval_path=[]"]
+    call = ["data", str(TINY), f"output_dir={tmp_path}", f"data.train_path={tiny.DEV}", "data.eval_path=[]"]
     assert main([*call, "--format", "mindrecord"]) == 0
     (path,) = tmp_path.glob("mindrecord/train-*/train.mindrecord")
     assert f"{path}: 256 rows of 192 tokens" in capsys.readouterr().err
