@@ -143,8 +143,8 @@ class ReduceScatter(nn.Cell):
         self.rank, self.ranks, self.native = topology.shard_rank, topology.shards, on_ascend()
         self.alone = topology.data_parallel == 1
         if not self.alone:
-            scatters = self.native and self.ranks > 1
-            self.collective = (ops.ReduceScatter if scatters else ops.AllReduce)(group=topology.data_group)
+            collective = ops.ReduceScatter if self.native and self.ranks > 1 else ops.AllReduce
+            self.collective = collective(group=topology.data_group)
 
     def construct(self, gradient: Tensor) -> Tensor:
         if self.alone:
@@ -168,7 +168,8 @@ class AllGather(nn.Cell):
         self.rank, self.ranks = topology.shard_rank, topology.shards
         self.native = on_ascend() or topology.tensor_parallel == 1
         if self.ranks > 1:
-            self.collective = (ops.AllGather if self.native else ops.AllReduce)(group=topology.data_group)
+            collective = ops.AllGather if self.native else ops.AllReduce
+            self.collective = collective(group=topology.data_group)
 
     def construct(self, shard: Tensor, shape: tuple[int, ...]) -> Tensor:
         if self.ranks == 1:

@@ -22,7 +22,6 @@ from glm3kit.evaluate import (
     predict_rows,
     rouge_bleu,
 )
-from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 
 ROWS = [{"content": "类型#裙*颜色#红色", "summary": "这条红色的裙子很好看。"},
         {"content": "类型#上衣*版型#宽松*颜色#蓝色", "summary": "蓝色的上衣，宽松。"},
@@ -45,11 +44,6 @@ class ScriptedNet(nn.Cell):
 
     def loss_sum(self, input_ids, labels, segment_ids=None):
         return (labels.astype(ms.float32) * (labels >= 0).astype(ms.float32)).sum()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return ChatGLM3Tokenizer(TOKENIZER)
 
 
 @pytest.fixture
