@@ -30,17 +30,6 @@ if TYPE_CHECKING:
     from glm3kit.model.chatglm3 import ChatGLM3
 
 
-def held_out_loss(net: "ChatGLM3", batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
-    """Mean loss over every token that counts, in nats; each batch weighs by its counted tokens.
-
-    batches: (input_ids, labels) int32 arrays (B, T), labels shifted, -100 ignored.
-    Raises DataError if no token counts.
-    """
-    from glm3kit.model.held_out import HeldOutLoss  # here: the measures of texts need no MindSpore
-
-    return HeldOutLoss(net).mean(batches)
-
-
 def attribute_values(content: str) -> list[str]:
     """The values of an ADGEN source: "类型#裙*颜色#红色" -> ["裙", "红色"]."""
     return [value for pair in content.split("*") if (value := pair.rpartition("#")[2].strip())]
@@ -139,16 +128,17 @@ def evaluate(config: RunConfig, net: "ChatGLM3 | None" = None, progress: bool = 
     "attributes_total", "rouge-1", "rouge-2", "rouge-l", "bleu-4" and "answers", a list of the rows with their "answer".
     Raises DataError if there is nothing to measure on, CheckpointError for weights that do not fit.
     """
+    from glm3kit.model.held_out import HeldOutLoss  # here: the measures of texts need no MindSpore
+    from glm3kit.model.load import AutoModel  # here: as above
+
     if not config.data.eval_path:
         raise DataError("evaluate: data.eval_path names no file; give held-out rows, such as dev.json")
     held_out = config.data.model_copy(update={"train_path": ()})  # the training rows are not needed here
     tokens = prepare_data(config.model_copy(update={"data": held_out}), progress)["eval"]
     if net is None:
-        from glm3kit.model.load import AutoModel  # here: as in held_out_loss
-
         net = AutoModel.from_config(config.model)
     batches = Batches(tokens, config.train.batch_size, config.model.seq_length, shuffle=False, drop_last=False)
-    loss = held_out_loss(net, tqdm(batches, "held-out loss", unit="batch", disable=not progress))
+    loss = HeldOutLoss(net).mean(tqdm(batches, "held-out loss", unit="batch", disable=not progress))
     perplexity = math.exp(min(loss, 700.0))  # a float holds no more, and a model so far off needs no more digits
     result: dict[str, Any] = {"rows": len(tokens), "loss": loss, "perplexity": perplexity}
 

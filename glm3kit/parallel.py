@@ -11,6 +11,7 @@ On CPU, MCCL sums over any group but scatters over none and gathers over all ran
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mindspore as ms
@@ -117,6 +118,16 @@ def memory_in_use() -> int:
     return ms.runtime.max_memory_allocated() if on_ascend() else psutil.Process().memory_info().rss
 
 
+def all_reduce(group: str, ranks: int) -> Callable[[Tensor], Tensor]:
+    """What sums over the ranks of a group; where there is one alone, its value is the sum."""
+    return ops.AllReduce(group=group) if ranks > 1 else nn.Identity()
+
+
+def world_sum(topology: Topology) -> Callable[[Tensor], Tensor]:
+    """What sums over all ranks."""
+    return all_reduce(GlobalComm.WORLD_COMM_GROUP, topology.ranks)
+
+
 def among_zeros(x: Tensor, place: int, places: int) -> tuple[Tensor, ...]:
     """x at its place and zeros of its shape at the others: a sum over the ranks then holds the x of every place."""
     parts = ()
@@ -142,15 +153,12 @@ class ReduceScatter(nn.Cell):
 
     def __init__(self, topology: Topology):
         super().__init__()
-        self.rank, self.ranks, self.native = topology.shard_rank, topology.shards, on_ascend()
-        self.alone = topology.data_parallel == 1
-        if not self.alone:
-            scatters = self.native and self.ranks > 1
-            self.collective = (ops.ReduceScatter if scatters else ops.AllReduce)(group=topology.data_group)
+        self.rank, self.ranks = topology.shard_rank, topology.shards
+        self.native = on_ascend() and self.ranks > 1
+        self.collective = (ops.ReduceScatter(group=topology.data_group) if self.native else
+                           all_reduce(topology.data_group, topology.data_parallel))
 
     def construct(self, gradient: Tensor) -> Tensor:
-        if self.alone:
-            return gradient
         if self.ranks == 1:
             return self.collective(gradient)
         flat = gradient.reshape(-1)
@@ -168,9 +176,9 @@ class AllGather(nn.Cell):
     def __init__(self, topology: Topology):
         super().__init__()
         self.rank, self.ranks = topology.shard_rank, topology.shards
-        self.native = on_ascend() or topology.tensor_parallel == 1
-        if self.ranks > 1:
-            self.collective = (ops.AllGather if self.native else ops.AllReduce)(group=topology.data_group)
+        self.native = self.ranks > 1 and (on_ascend() or topology.tensor_parallel == 1)
+        self.collective = (ops.AllGather(group=topology.data_group) if self.native else
+                           all_reduce(topology.data_group, self.ranks))
 
     def construct(self, shard: Tensor, shape: tuple[int, ...]) -> Tensor:
         if self.ranks == 1:
@@ -181,18 +189,6 @@ class AllGather(nn.Cell):
         for length in shape:
             size *= length
         return self.collective(shard)[:size].reshape(shape)
-
-
-class WorldSum(nn.Cell):
-    """Sum over all ranks."""
-
-    def __init__(self, topology: Topology):
-        super().__init__()
-        self.alone = topology.ranks == 1
-        self.collective = None if self.alone else ops.AllReduce()
-
-    def construct(self, x: Tensor) -> Tensor:
-        return x if self.alone else self.collective(x)
 
 
 # ---- slices of a layer, over the ranks of tensor parallelism ----
@@ -207,12 +203,12 @@ class SumOfCopies(nn.Cell):
         super().__init__()
         self.own, copies = copies_of(cut, topology.tensor_parallel)  # rows that no other rank holds come first
         self.place, self.places = topology.tensor_rank // copies, topology.tensor_parallel // copies
-        self.collective = ops.AllReduce(group=topology.tensor_group)
+        self.sum = all_reduce(topology.tensor_group, topology.tensor_parallel)
 
     def construct(self, gradient: Tensor) -> Tensor:
         shared = gradient[self.own:]
         rows = shared.shape[0]
-        summed = self.collective(ops.concat(among_zeros(shared, self.place, self.places)))  # only copies add up
+        summed = self.sum(ops.concat(among_zeros(shared, self.place, self.places)))  # only copies add up
         return ops.concat((gradient[:self.own], summed[self.place * rows:(self.place + 1) * rows]))
 
 
@@ -221,14 +217,13 @@ class CopyToSlices(nn.Cell):
 
     def __init__(self, topology: Topology):
         super().__init__()
-        self.alone = topology.tensor_parallel == 1
-        self.collective = None if self.alone else ops.AllReduce(group=topology.tensor_group)
+        self.sum = all_reduce(topology.tensor_group, topology.tensor_parallel)
 
     def construct(self, x: Tensor) -> Tensor:
         return x
 
     def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
-        return (dout if self.alone else self.collective(dout),)
+        return (self.sum(dout),)
 
 
 class SumOfSlices(nn.Cell):
@@ -236,11 +231,10 @@ class SumOfSlices(nn.Cell):
 
     def __init__(self, topology: Topology):
         super().__init__()
-        self.alone = topology.tensor_parallel == 1
-        self.collective = None if self.alone else ops.AllReduce(group=topology.tensor_group)
+        self.sum = all_reduce(topology.tensor_group, topology.tensor_parallel)
 
     def construct(self, x: Tensor) -> Tensor:
-        return x if self.alone else self.collective(x)
+        return self.sum(x)
 
     def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
         return (dout,)
@@ -252,7 +246,7 @@ class GatherSlices(nn.Cell):
     def __init__(self, topology: Topology):
         super().__init__()
         self.rank, self.ranks = topology.tensor_rank, topology.tensor_parallel
-        self.collective = None if self.ranks == 1 else ops.AllReduce(group=topology.tensor_group)
+        self.sum = all_reduce(topology.tensor_group, self.ranks)
 
     def construct(self, x: Tensor) -> Tensor:
-        return x if self.ranks == 1 else self.collective(ops.concat(among_zeros(x, self.rank, self.ranks), -1))
+        return x if self.ranks == 1 else self.sum(ops.concat(among_zeros(x, self.rank, self.ranks), -1))

@@ -18,11 +18,10 @@ from glm3kit.evaluate import (
     attribute_coverage,
     attribute_values,
     evaluate,
-    held_out_loss,
     predict_rows,
     rouge_bleu,
 )
-from glm3kit.text.tokenizer import ChatGLM3Tokenizer
+from glm3kit.model.held_out import HeldOutLoss
 
 ROWS = [{"content": "类型#裙*颜色#红色", "summary": "这条红色的裙子很好看。"},
         {"content": "类型#上衣*版型#宽松*颜色#蓝色", "summary": "蓝色的上衣，宽松。"},
@@ -45,11 +44,6 @@ class ScriptedNet(nn.Cell):
 
     def loss_sum(self, input_ids, labels, segment_ids=None):
         return (labels.astype(ms.float32) * (labels >= 0).astype(ms.float32)).sum()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return ChatGLM3Tokenizer(TOKENIZER)
 
 
 @pytest.fixture
@@ -116,12 +110,12 @@ def test_held_out_loss_weighs_every_token_alike(tokenizer):
     # labels that count: 1, 2, 3 in one batch and 8 in another; a batch that counts nothing changes nothing
     batches = [np.array([[1, 2, -100], [-100, 3, -100]]), np.array([[8, -100, -100]]), np.array([[-100, -100, -100]])]
     net = ScriptedNet(tokenizer, {})
-    assert held_out_loss(net, [(np.zeros_like(labels), labels) for labels in batches]) == (1 + 2 + 3 + 8) / 4
+    assert HeldOutLoss(net).mean([(np.zeros_like(labels), labels) for labels in batches]) == (1 + 2 + 3 + 8) / 4
 
 
 def test_held_out_loss_of_no_tokens_is_an_error(tokenizer):
     with pytest.raises(DataError, match="no label counts"):
-        held_out_loss(ScriptedNet(tokenizer, {}), [(np.zeros((1, 2)), np.full((1, 2), -100))])
+        HeldOutLoss(ScriptedNet(tokenizer, {})).mean([(np.zeros((1, 2)), np.full((1, 2), -100))])
 
 
 @pytest.mark.parametrize("stop", ["eos", "user"])

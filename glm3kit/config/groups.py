@@ -225,33 +225,28 @@ def _plain(value: Any) -> Any:
 
 
 class GenerateConfig(Group):
-    """How to generate. Lengths are in tokens; every limit that is given holds.
+    """How to generate; lengths in tokens, and every limit that is given holds. A description says what is in range.
 
-    max_length: prompt and answer together, at most and by default the model's window.
-    max_new_tokens: of the answer. An answer also ends where the window ends.
-    do_sample: draw tokens with temperature, top_k and top_p; else always the most likely one.
-    repetition_penalty: above 1.0 makes tokens of prompt and answer less likely (https://arxiv.org/abs/1909.05858).
-    eos_token_id: an id or several that end an answer, and are part of it. Left out, `model_dump` leaves it out as well,
-        so that a tokenizer's own stop ids can take its place.
-    seed: makes draws repeatable; a row's draws depend on the seed and its place in the batch.
-    num_beams: above 1 searches for the most likely answer with so many beams.
-    length_penalty: of beam search; above 0 longer answers gain, below 0 shorter ones.
-    early_stopping: of beam search: end with the first num_beams answers (True), when no better one is likely (False),
-        or when no better one is possible ("never").
+    `model_dump` leaves out eos_token_id unless it was set, so that a tokenizer's own stop ids can take its place.
     """
 
-    max_length: int | None = Field(None, ge=1, description="at least 1, or None")
-    max_new_tokens: int | None = Field(None, ge=1, description="at least 1, or None")
-    do_sample: bool = Field(False, description="True or False")
+    max_length: int | None = Field(None, ge=1, description="at least 1, or None")  # prompt and answer; None: the window
+    max_new_tokens: int | None = Field(None, ge=1, description="at least 1, or None")  # of the answer
+    do_sample: bool = Field(False, description="True or False")  # draw tokens; else always the most likely one
     temperature: FiniteFloat = Field(1.0, gt=0, description="above 0 (do_sample=False takes the most likely token)")
     top_k: int = Field(0, ge=0, description="at least 0 (0: all tokens)")
     top_p: FiniteFloat = Field(1.0, gt=0, le=1, description="above 0, at most 1")
+    # Above 1.0 makes tokens of prompt and answer less likely (https://arxiv.org/abs/1909.05858).
     repetition_penalty: FiniteFloat = Field(1.0, gt=0, description="above 0 (1.0: none)")
-    eos_token_id: tuple[Annotated[int, Field(strict=True)], ...] = Field(  # </s>, <|user|>, <|observation|>
+    # An id or several that end an answer, and are part of it: </s>, <|user|>, <|observation|>.
+    eos_token_id: tuple[Annotated[int, Field(strict=True)], ...] = Field(
         (2, 64795, 64797), strict=False, description="an id, a list of ids, or [] for none")
+    # Makes draws repeatable; a row's draws depend on the seed and its place in the batch.
     seed: int | None = Field(None, ge=0, description="at least 0, or None")
+    # Above 1 searches for the most likely answer with so many beams.
     num_beams: int = Field(1, ge=1, description="at least 1 (1: no beam search), and 1 with do_sample")
-    length_penalty: FiniteFloat = Field(1.0, description="a number")
+    length_penalty: FiniteFloat = Field(1.0, description="a number")  # of beams: above 0 longer answers gain
+    # The search ends with the first num_beams answers (True), when no better one is likely (False) or possible.
     early_stopping: bool | Literal["never"] = Field(False, description="True, False or 'never'")
 
     @field_validator("*", mode="before")
@@ -285,11 +280,6 @@ class GenerateConfig(Group):
                       if name in cls.model_fields else f"{name} is unknown, expected {', '.join(cls.model_fields)}"
                       for name in names]
             raise ConfigError("generate: " + "; ".join(faults)) from err
-
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """`eos_token_id` as a set."""
-        return frozenset(self.eos_token_id)
 
 
 class RunConfig(Group):

@@ -51,7 +51,7 @@ def beam_search(logits: np.ndarray, advance: Callable[[list[int], list[int]], np
     the least of them, its length taken as it is (early_stopping False) or, with a positive length_penalty, as the
     greatest there can be ("never").
     """
-    width, stop_ids, penalty = settings.num_beams, settings.stop_ids, settings.length_penalty
+    width, stop_ids, penalty = settings.num_beams, settings.eos_token_id, settings.length_penalty
     reach = limit - len(prompt) if settings.early_stopping == "never" and penalty > 0 else None  # new ids
     most = max(2, 1 + len(stop_ids)) * width  # enough to go on when the best all end
     beams, ended = [Beam([], 0.0)], []

@@ -113,7 +113,7 @@ def _steps(net: LanguageModel, prompts: list[np.ndarray], limits: list[int], set
                 for row, token in new.items():
                     ids[row].append(token)
                 yield new
-                going = [row for row in going if new[row] not in settings.stop_ids and len(ids[row]) < limits[row]]
+                going = [row for row in going if new[row] not in settings.eos_token_id and len(ids[row]) < limits[row]]
                 if not going:
                     break
                 step = decoder.step(following, step.positions)

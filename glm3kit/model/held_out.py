@@ -12,7 +12,7 @@ from mindspore import Tensor, nn
 from glm3kit.data.token_file import IGNORE_INDEX
 from glm3kit.errors import DataError
 from glm3kit.model.chatglm3 import ChatGLM3
-from glm3kit.parallel import ALONE, Topology, WorldSum
+from glm3kit.parallel import ALONE, Topology, world_sum
 
 
 class HeldOutLoss(nn.Cell):
@@ -20,7 +20,7 @@ class HeldOutLoss(nn.Cell):
 
     def __init__(self, net: ChatGLM3, topology: Topology = ALONE):
         super().__init__(auto_prefix=False)
-        self.net, self.world_sum = net, WorldSum(topology)
+        self.net, self.world_sum = net, world_sum(topology)
 
     @ms.jit  # on a CPU six times as fast
     def construct(self, input_ids: Tensor, labels: Tensor, segment_ids: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from glm3kit.data.token_file import IGNORE_INDEX
 from glm3kit.model.chatglm3 import ChatGLM3
-from glm3kit.parallel import ReduceScatter, SumOfCopies, Topology, WorldSum
+from glm3kit.parallel import ReduceScatter, SumOfCopies, Topology, world_sum
 from glm3kit.train.lora import dropout_key
 from glm3kit.train.optimizer import AdamW, clip_factor
 from glm3kit.weights.slices import copies_of, slicing
@@ -75,7 +75,7 @@ class Totals(nn.Cell):
 
     def __init__(self, net: ChatGLM3, topology: Topology):
         super().__init__(auto_prefix=False)
-        self.world_sum, self.slices = WorldSum(topology), topology.tensor_parallel
+        self.world_sum, self.slices = world_sum(topology), topology.tensor_parallel
         self.data_copies = topology.data_parallel // topology.shards
         self.square, self.sum, self.add = ops.Square(), ops.ReduceSum(), ops.AddN()
         # Of each shard the parts that no other slice holds and that several hold: (start, stop, columns, slices).

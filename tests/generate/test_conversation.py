@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 from mindspore import Tensor
+from support import FLOAT32
 
 from glm3kit.config.groups import LoraConfig, ModelConfig, TrainConfig
 from glm3kit.errors import ConfigError, Glm3KitError, PromptError
 from glm3kit.generate.decoder import Decoder
 from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.train.run import fit
+from glm3kit.weights.random import random_weights
 
 SETTINGS = {"max_new_tokens": 6, "eos_token_id": []}
 OPENING = [3, 1, 4, 1, 5]
@@ -104,19 +106,28 @@ def test_numbers_that_are_none_are_forgotten(net):
     assert list(talk(OPENING)) == expected
 
 
-def test_training_between_two_turns_is_seen(golden):
-    cfg = ModelConfig.from_hf(golden / "hf/config.json", param_dtype="float32", compute_dtype="float32")
-    net = ChatGLM3(cfg.model_copy(update={"num_layers": 1}))
+@pytest.fixture
+def small_net(golden) -> ChatGLM3:
+    """One layer, for tests that change it."""
+    return ChatGLM3(ModelConfig.from_hf(golden / "hf/config.json", num_layers=1, **FLOAT32))
+
+
+def test_training_and_filling_between_two_turns_are_seen(small_net):
+    net = small_net
     talk = net.conversation(**SETTINGS)
     list(talk(OPENING))
     rows = np.random.default_rng(0).integers(0, 512, (2, 2, 8)).astype(np.int32)
     fit(net, [tuple(rows)], TrainConfig(learning_rate=0.5, total_steps=1))
-    assert list(talk([*OPENING, 7])) == fresh(net, [*OPENING, 7])
+    trained = list(talk([*OPENING, 7]))
+    assert trained == fresh(net, [*OPENING, 7])
+    list(talk([*OPENING, 7]))  # `fresh` has used the decoder: fill it again
+    net.fill(random_weights(net.cfg, seed=1))
+    filled = list(talk([*OPENING, 7]))
+    assert filled == fresh(net, [*OPENING, 7]) != trained
 
 
-def test_an_adapter_drops_nothing_while_it_generates(golden):
-    cfg = ModelConfig.from_hf(golden / "hf/config.json", param_dtype="float32", compute_dtype="float32")
-    net = ChatGLM3(cfg.model_copy(update={"num_layers": 1}))
+def test_an_adapter_drops_nothing_while_it_generates(small_net):
+    net = small_net
     rows = np.random.default_rng(0).integers(0, 512, (2, 2, 8)).astype(np.int32)
     fit(net, [tuple(rows)], TrainConfig(learning_rate=0.5, total_steps=1, lora=LoraConfig(dropout=0.5)))
     assert net.training and fresh(net, OPENING) == fresh(net, OPENING)
@@ -136,3 +147,5 @@ def test_a_turn_may_have_settings_of_its_own(net):
 def test_settings_out_of_range_are_errors_before_the_first_turn(net):
     with pytest.raises(ConfigError, match="top_p is 2"):
         net.conversation(top_p=2)
+    with pytest.raises(ConfigError, match="stream: num_beams is 2, expected 1"):
+        net.conversation(num_beams=2)

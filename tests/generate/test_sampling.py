@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from support import TINY
 
-from glm3kit.config.groups import GenerateConfig
+from glm3kit.config.groups import GenerateConfig, load_config
 from glm3kit.errors import ConfigError
 from glm3kit.generate.sampling import sampling_probabilities
 
@@ -57,3 +58,34 @@ def test_probabilities_follow_by_hand():
 def test_settings_out_of_range_are_named_with_what_was_expected(settings, message):
     with pytest.raises(ConfigError, match=message):
         GenerateConfig.checked(**settings)
+
+
+def test_unknown_settings_are_named_with_those_there_are():
+    with pytest.raises(ConfigError, match="generate: beams is unknown, expected max_length, .*num_beams"):
+        GenerateConfig.checked(beams=4)
+
+
+def test_settings_may_be_numbers_and_arrays_of_numpy():
+    ids = [np.int64(7), np.array(7), np.array([7], np.int32), [np.int32(7)], (7,), 7]
+    assert {GenerateConfig.checked(eos_token_id=given).eos_token_id for given in ids} == {(7,)}
+    assert GenerateConfig.checked(eos_token_id=np.array([])).eos_token_id == ()
+    settings = GenerateConfig.checked(top_k=np.int32(3), temperature=np.float32(0.5), do_sample=np.bool_(True))
+    assert settings == GenerateConfig(top_k=3, temperature=0.5, do_sample=True)
+
+
+def test_a_configuration_may_set_all_that_generate_takes(tmp_path):
+    given = ["generate.num_beams=4", "generate.early_stopping=never", "generate.eos_token_id=[3, 4]"]
+    config = load_config(TINY, given)
+    assert (config.generate.num_beams, config.generate.early_stopping) == (4, "never")
+    config.save(tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml").generate == config.generate
+    with pytest.raises(ConfigError, match="generate.num_beams: num_beams is 4, expected 1 with do_sample"):
+        load_config(TINY, ["generate.num_beams=4", "generate.do_sample=true"])
+
+
+def test_stop_ids_that_were_not_set_leave_those_of_the_tokenizer(tmp_path):
+    assert GenerateConfig().eos_token_id == (2, 64795, 64797)
+    assert "eos_token_id" not in GenerateConfig(top_k=1).model_dump()
+    assert GenerateConfig(eos_token_id=5).model_dump()["eos_token_id"] == (5,)
+    load_config(TINY).save(tmp_path / "config.yaml")
+    assert "eos_token_id" not in load_config(tmp_path / "config.yaml").generate.model_dump()
