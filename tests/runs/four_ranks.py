@@ -1,13 +1,12 @@
 """One rank of four that are started once for the tests of layouts: groups of the four train, go on, generate.
 
-Started by the fixture `four_ranks`: python four_ranks.py JOB_DIR; what comes out of a task is in JOB_DIR/TASK. MCCL
-gathers over all started ranks only, so a pair of them sums instead; test_run.py has a pair that is all.
+Started by the fixture `four_ranks`: python four_ranks.py JOB_DIR; what comes out is in folders of JOB_DIR. MCCL gathers
+over all started ranks only, so that a pair of the four sums instead; test_run.py has a pair that gathers.
 """
 
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -25,13 +24,15 @@ from glm3kit.model.load import fill_parameters
 from glm3kit.parallel import ALONE, Topology, barrier, start_processes
 from glm3kit.train.lora import add_adapters
 from glm3kit.train.run import Trainer, run_rank, run_steps
-from glm3kit.train.saving import save_checkpoint
+from glm3kit.train.saving import load_checkpoint, save_checkpoint
 from glm3kit.weights.read import random_weights
 
 RANKS = 4
-Task = Callable[[Topology, Path], None]
 
 # ---- the reference's steps from the golden weights ----
+
+SAVED = (5, 10, 20)  # steps with a checkpoint
+
 
 def lora_start(net: ChatGLM3) -> tuple[list[tuple[np.ndarray, np.ndarray]], TrainConfig]:
     """The batches and settings of lora.npz; the model gets its adapters."""
@@ -46,68 +47,64 @@ def lora_start(net: ChatGLM3) -> tuple[list[tuple[np.ndarray, np.ndarray]], Trai
     return [(ids, next_token_labels(ids)) for ids in stored["input_ids"]], config
 
 
-def train_golden(topology: Topology, folder: Path, lora: bool = False) -> None:
-    """Take the reference's steps on this rank's rows; records and a checkpoint go to `folder`."""
-    net = golden_net(topology)
-    if lora:
-        batches, config = lora_start(net)
-    else:
-        batches, config = reference_batches(), TrainConfig(learning_rate=1e-3, end_learning_rate=1e-5)
-    rows = len(batches[0][0]) // topology.data_parallel
-    ours = slice(topology.data_rank * rows, (topology.data_rank + 1) * rows)
-    trainer = Trainer(net, config, len(batches), topology)
-    records = run_steps(trainer, [(ids[ours], labels[ours]) for ids, labels in batches])
-    save_checkpoint(folder, net, trainer, topology, keep=1)
-    if topology.rank == 0:
-        (folder / "records.json").write_text(json.dumps(records))
+class ReferenceRun:
+    """One rank of the reference's run; compiled once, it goes on from any checkpoint."""
 
+    def __init__(self, topology: Topology, lora: bool = False):
+        self.topology, self.net = topology, golden_net(topology)
+        if lora:
+            batches, config = lora_start(self.net)
+        else:
+            batches, config = reference_batches(), TrainConfig(learning_rate=1e-3, end_learning_rate=1e-5)
+        rows = len(batches[0][0]) // topology.data_parallel
+        ours = slice(topology.data_rank * rows, (topology.data_rank + 1) * rows)
+        self.batches = [(ids[ours], labels[ours]) for ids, labels in batches]
+        self.trainer = Trainer(self.net, config, len(batches), topology)
 
-def train_unsharded(topology: Topology, folder: Path) -> None:
-    """The same, with the optimizer's state whole on every rank."""
-    train_golden(replace(topology, shard_optimizer=False), folder)
+    def train(self, folder: Path, checkpoint: Path | None = None) -> None:
+        """Take all steps, or those after a checkpoint; records and checkpoints go to `folder`."""
+        if checkpoint:
+            load_checkpoint(checkpoint, self.net, self.trainer, self.topology)
 
+        def save(record: dict, trainer: Trainer) -> None:
+            if record["step"] in SAVED:
+                save_checkpoint(folder, self.net, trainer, self.topology, keep=len(SAVED))
 
-def train_lora(topology: Topology, folder: Path) -> None:
-    """The reference's steps of adapters."""
-    train_golden(topology, folder, lora=True)
+        records = run_steps(self.trainer, self.batches[self.trainer.step:], save)
+        if self.topology.rank == 0:
+            (folder / "records.json").write_text(json.dumps(records))
 
 
 # ---- runs on the embedded data ----
 
 STEPS = 6
 ROWS = 4  # a step, over all ranks
-ADAPTERS = ("train.lora={rank: 4, dropout: 0.2, targets: [query_key_value, dense, dense_4h_to_h]}",)
 
 
 def run_config(folder: Path, data_parallel: int = 1, tensor_parallel: int = 1, *changes: str) -> RunConfig:
-    """A small run in `folder`, with a checkpoint every second step; the same rows a step on every layout."""
+    """A small run of adapters with dropout in `folder`, with a checkpoint every second step and as many rows a step."""
     return small_config(f"output_dir={folder.parent}", f"name={folder.name}", f"parallel.data_parallel={data_parallel}",
                         f"parallel.tensor_parallel={tensor_parallel}", f"train.batch_size={ROWS // data_parallel}",
-                        f"train.total_steps={STEPS}", "train.save_steps=2", "train.keep_checkpoints=3", *changes)
+                        f"train.total_steps={STEPS}", "train.save_steps=2", "train.keep_checkpoints=3",
+                        "train.lora={rank: 4, dropout: 0.2, targets: [query_key_value, dense, dense_4h_to_h]}",
+                        *changes)
 
 
-def train(topology: Topology, folder: Path, *changes: str, resume: bool = False) -> None:
-    """One rank of a run in a group of the started ranks."""
-    config = run_config(folder, topology.data_parallel, topology.tensor_parallel, *changes)
+def run(topology: Topology, folder: Path, resume: bool = False) -> None:
+    """One rank of such a run, in a group of the started ranks."""
+    config = run_config(folder, topology.data_parallel, topology.tensor_parallel)
     with mock.patch.object(glm3kit.train.run, "start_processes", return_value=topology):
         run_rank(config, resume)
 
 
-def train_adapters(topology: Topology, folder: Path) -> None:
-    """A run of adapters with dropout."""
-    train(topology, folder, *ADAPTERS)
-
-
-def go_on_from(task: str, step: int, *changes: str) -> Task:
-    """A copy of another task's run goes on from a step, as if that run had been killed before its next checkpoint."""
-    def go_on(topology: Topology, folder: Path) -> None:
-        if topology.rank == 0:
-            shutil.copytree(folder.with_name(task), folder)
-            for later in range(step + 2, STEPS + 1, 2):
-                shutil.rmtree(folder / "checkpoint" / f"step_{later}")
-        barrier(topology)
-        train(topology, folder, *changes, resume=True)
-    return go_on
+def go_on(topology: Topology, folder: Path, interrupted: Path, step: int) -> None:
+    """A copy of a run goes on from a step, as if the run had been killed before its next checkpoint."""
+    if topology.rank == 0:
+        shutil.copytree(interrupted, folder)
+        for later in range(step + 2, STEPS + 1, 2):
+            shutil.rmtree(folder / "checkpoint" / f"step_{later}")
+    barrier(topology)
+    run(topology, folder, resume=True)
 
 
 # ---- answers ----
@@ -138,34 +135,7 @@ def answers(topology: Topology = ALONE) -> dict[str, list]:
     return found
 
 
-def save_answers(topology: Topology, folder: Path) -> None:
-    """Every rank's answers, to compare."""
-    folder.mkdir(exist_ok=True)
-    (folder / f"answers_{topology.rank}.json").write_text(json.dumps(answers(topology)))
-
-
-# ---- the ranks and what they do ----
-
-# Task, first of its ranks, data parallel, tensor parallel, what to do. Both halves of the ranks work at the same time;
-# a task of all four begins when every one before is done.
-TASKS: tuple[tuple[str, int, int, int, Task], ...] = (
-    ("golden_2x1", 0, 2, 1, train_golden),
-    ("golden_1x2", 2, 1, 2, train_golden),
-    ("golden_2x1_unsharded", 0, 2, 1, train_unsharded),
-    ("answers", 2, 1, 2, save_answers),
-    ("adapters_2x1", 0, 2, 1, train_adapters),
-    ("golden_1x4", 0, 1, 4, train_golden),  # two ranks a key/value group
-    ("golden_2x2", 0, 2, 2, train_golden),
-    ("golden_2x2_unsharded", 0, 2, 2, train_unsharded),
-    ("golden_2x2_lora", 0, 2, 2, train_lora),
-    ("run_2x2", 0, 2, 2, train),
-    ("run_2x2_then_2x1", 0, 2, 1, go_on_from("run_2x2", 2)),
-    ("adapters_2x1_then_1x2", 2, 1, 2, go_on_from("adapters_2x1", 2, *ADAPTERS)),
-    ("meet", 0, 4, 1, lambda topology, _: barrier(topology)),
-    ("again_on_2x1", 0, 2, 1, go_on_from("run_2x2_then_2x1", 4)),
-    ("then_1x2", 2, 1, 2, go_on_from("run_2x2_then_2x1", 4)),
-)
-
+# ---- the ranks ----
 
 class Groups:
     """Groups of the started ranks, each made once, by its own ranks."""
@@ -182,7 +152,7 @@ class Groups:
             create_group(self.names[ranks], list(ranks))
         return self.names[ranks]
 
-    def topology(self, first: int, data_parallel: int, tensor_parallel: int) -> Topology:
+    def topology(self, data_parallel: int, tensor_parallel: int, first: int = 0) -> Topology:
         """This rank's place among the ranks from `first` on, as a run of their own."""
         last, rank = first + data_parallel * tensor_parallel, self.rank - first
         row, column = self.rank - rank % tensor_parallel, first + rank % tensor_parallel
@@ -194,10 +164,29 @@ class Groups:
 def main(job_dir: Path) -> None:
     world = start_processes(ParallelConfig(data_parallel=RANKS, device_target="CPU"))
     groups = Groups(world)
-    for name, first, data_parallel, tensor_parallel, task in TASKS:
-        if first <= world.rank < first + data_parallel * tensor_parallel:
-            print(f"task {name}", flush=True)
-            task(groups.topology(first, data_parallel, tensor_parallel), job_dir / name)
+    all_four = groups.topology(2, 2)
+    ReferenceRun(all_four).train(job_dir / "golden_2x2")
+    ReferenceRun(replace(all_four, shard_optimizer=False)).train(job_dir / "golden_2x2_unsharded")
+    ReferenceRun(all_four, lora=True).train(job_dir / "golden_2x2_lora")
+    ReferenceRun(groups.topology(1, 4)).train(job_dir / "golden_1x4")  # two ranks a key/value group
+
+    if world.rank < 2:
+        pair = groups.topology(2, 1)
+        golden = ReferenceRun(pair)
+        golden.train(job_dir / "golden_2x1")
+        golden.train(job_dir / "golden_2x2_then_2x1", job_dir / "golden_2x2/checkpoint/step_5")
+        golden.train(job_dir / "golden_2x1_again", job_dir / "golden_2x2_then_2x1/checkpoint/step_10")
+        run(pair, job_dir / "adapters_2x1")
+        barrier(world)
+        ReferenceRun(replace(pair, shard_optimizer=False)).train(job_dir / "golden_2x1_unsharded")
+    else:
+        pair = groups.topology(1, 2, first=2)
+        golden = ReferenceRun(pair)
+        golden.train(job_dir / "golden_1x2")
+        (job_dir / f"answers_{pair.rank}.json").write_text(json.dumps(answers(pair)))
+        barrier(world)  # what follows begins with what the other pair has left
+        golden.train(job_dir / "golden_2x1_then_1x2", job_dir / "golden_2x2_then_2x1/checkpoint/step_10")
+        go_on(pair, job_dir / "adapters_2x1_then_1x2", job_dir / "adapters_2x1", step=2)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from four_ranks import answers, train_golden
+from four_ranks import ReferenceRun, answers
 from support import GOLDEN
 
 from glm3kit.checkpoint.merge import merge, merged_tensors
@@ -43,16 +43,16 @@ def test_a_layout_that_does_not_divide_is_an_error_that_says_what_would_do():
 def one(tmp_path_factory):
     """The weights after the reference's steps in one process."""
     folder = tmp_path_factory.mktemp("one")
-    train_golden(ALONE, folder)
+    ReferenceRun(ALONE).train(folder)
     return merged_tensors(folder)
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("ranks, slices, task", [
+@pytest.mark.parametrize("ranks, slices, name", [
     (2, 1, "golden_2x1"), (2, 1, "golden_2x1_unsharded"), (2, 2, "golden_1x2"), (4, 4, "golden_1x4"),
     (4, 2, "golden_2x2"), (4, 2, "golden_2x2_unsharded")])
-def test_processes_train_as_one_and_merge_to_its_weights(ranks, slices, task, one, four_ranks, tmp_path):
-    folder = four_ranks / task
+def test_processes_train_as_one_and_merge_to_its_weights(ranks, slices, name, one, four_ranks, tmp_path):
+    folder = four_ranks / name
     reference = np.load(GOLDEN / "reference.npz")
     records = json.loads((folder / "records.json").read_text())
     np.testing.assert_allclose([r["loss"] for r in records], reference["train.loss"], rtol=1e-4)
@@ -65,7 +65,7 @@ def test_processes_train_as_one_and_merge_to_its_weights(ranks, slices, task, on
     assert len(state) == ranks
     table = "exp_avg.transformer.embedding.embedding_table"
     assert {file.specs[table].nbytes for file in state} == {
-        one[table.removeprefix("exp_avg.")].nbytes // (slices if "unsharded" in task else ranks)}
+        one[table.removeprefix("exp_avg.")].nbytes // (slices if "unsharded" in name else ranks)}
     merged = read_weights(merge(folder, tmp_path / "merged.safetensors", progress=False))
     assert merged.specs == one.specs
     for name in one:
@@ -88,7 +88,7 @@ def test_adapters_train_on_four_processes_as_in_the_reference(four_ranks, tmp_pa
 
 @pytest.mark.ranks
 def test_processes_that_share_a_model_generate_as_one(four_ranks):
-    first, second = (json.loads((four_ranks / f"answers/answers_{rank}.json").read_text()) for rank in range(2))
+    first, second = (json.loads((four_ranks / f"answers_{rank}.json").read_text()) for rank in range(2))
     assert first == second
     assert "seed is None, expected a number" in first.pop("without a seed")
     assert first == answers()

@@ -1,13 +1,15 @@
 """Going on with real processes: the losses of the run that was never interrupted, on its layout and on others.
 
-That a launched run goes on in new processes is in test_faults.py; here groups of four ranks do, see four_ranks.py.
+That a launched run goes on in new processes is test_faults.py's part; here groups of four ranks do, see four_ranks.py.
 """
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 from four_ranks import ROWS, run_config
+from support import GOLDEN
 
 from glm3kit.checkpoint.folder import checkpoints
 from glm3kit.checkpoint.merge import merge
@@ -18,25 +20,32 @@ from glm3kit.train.run import run_rank
 from glm3kit.weights.read import random_weights, read_weights
 
 
+def steps_and_losses(folder):
+    records = json.loads((folder / "records.json").read_text())
+    return [record["step"] for record in records], [record["loss"] for record in records]
+
+
 def losses(folder):
     return [record["loss"] for record in read_metrics(folder)]
 
 
 @pytest.mark.ranks
 def test_a_run_goes_on_with_half_the_processes_and_then_with_another_layout(four_ranks):
-    uninterrupted = losses(four_ranks / "run_2x2")
-    on_two = losses(four_ranks / "run_2x2_then_2x1")  # from step 2 of four processes
-    assert len(uninterrupted) == 6
-    np.testing.assert_allclose(on_two, uninterrupted, rtol=1e-4)
-    assert losses(four_ranks / "again_on_2x1") == on_two, "the same layout: identical to the last bit"
-    on_slices = four_ranks / "then_1x2"  # from step 4 of two data-parallel processes
-    np.testing.assert_allclose(losses(on_slices), uninterrupted, rtol=1e-4)
-    assert [path.name for path in checkpoints(on_slices)] == ["step_2", "step_4", "step_6"]
+    uninterrupted = np.load(GOLDEN / "reference.npz")["train.loss"]
+    steps, on_two = steps_and_losses(four_ranks / "golden_2x2_then_2x1")  # from step 5 of four processes
+    assert steps == list(range(6, 21))
+    np.testing.assert_allclose(on_two, uninterrupted[5:], rtol=1e-4)
+    steps, again = steps_and_losses(four_ranks / "golden_2x1_again")
+    assert steps == list(range(11, 21))
+    assert again == on_two[5:], "the same layout: identical to the last bit"
+    steps, on_slices = steps_and_losses(four_ranks / "golden_2x1_then_1x2")  # from step 10 of those two
+    assert steps == list(range(11, 21))
+    np.testing.assert_allclose(on_slices, uninterrupted[10:], rtol=1e-4)
 
 
 @pytest.mark.ranks
 def test_another_global_batch_is_refused_with_the_numbers(four_ranks, tmp_path):
-    folder = shutil.copytree(four_ranks / "run_2x2", tmp_path / "run")
+    folder = shutil.copytree(four_ranks / "adapters_2x1", tmp_path / "run")
     with pytest.raises(CheckpointError, match=f"rows_per_step {ROWS}, here {2 * ROWS}"):
         run_rank(run_config(folder, 1, 1, f"train.batch_size={2 * ROWS}"), resume=True)
 
@@ -50,6 +59,7 @@ def test_a_folder_without_a_checkpoint_cannot_be_resumed(tmp_path):
 def test_a_lora_run_goes_on_with_another_layout_and_merges_to_the_same_weights(four_ranks, tmp_path):
     job, resumed = four_ranks / "adapters_2x1", four_ranks / "adapters_2x1_then_1x2"
     np.testing.assert_allclose(losses(resumed), losses(job), rtol=1e-4)  # from step 2, by the slices of each matrix
+    assert [path.name for path in checkpoints(resumed)] == ["step_2", "step_4", "step_6"]
     expected, merged = (read_weights(merge(folder, tmp_path / f"{folder.name}.safetensors", progress=False))
                         for folder in (job, resumed))
     assert merged.specs.keys() == expected.specs.keys(), "adapters are folded in"
