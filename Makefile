@@ -28,7 +28,8 @@ demo: venv  ## run the seven notebooks on the tiny model, results in output/demo
 	@$(BIN)/python -m glm3kit demo
 
 test: venv chromium lint  ## run every test: unit, notebooks, browser
-	$(BIN)/python -m pytest -m "not browser and not peers and not slow"
+	$(BIN)/python -m pytest -n logical --maxprocesses=4 --dist loadfile --no-loadscope-reorder \
+	  -m "not browser and not peers and not slow"
 	$(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-current-env --nbval-cell-timeout=1200 \
 	  --nbval-sanitize-with=tests/nbval_sanitize.cfg notebooks
 	$(if $(wildcard tests/browser),$(BIN)/python -m pytest -m browser tests/browser)

@@ -32,6 +32,7 @@ class Topology:
     rank: int = 0
     data_parallel: int = 1
     tensor_parallel: int = 1
+    group: str = ""  # of all ranks of the run
     data_group: str = ""  # of the ranks with the same slices
     tensor_group: str = ""  # of the ranks with the same rows
     shard_optimizer: bool = True  # whether ranks with the same slices share the optimizer's state
@@ -88,19 +89,19 @@ def start_processes(config: ParallelConfig) -> Topology:
     rank, data, tensor = get_rank(), config.data_parallel, config.tensor_parallel
     world = GlobalComm.WORLD_COMM_GROUP
     if tensor == 1 or data == 1:
-        return Topology(rank, data, tensor, world, world, config.shard_optimizer)
+        return Topology(rank, data, tensor, world, world, world, config.shard_optimizer)
     # Every process makes its own two groups; their names hold the first rank, which no other group of the kind has.
     first, column = rank - rank % tensor, rank % tensor
     create_group(f"tensor-{first}", list(range(first, first + tensor)))
     create_group(f"data-{column}", list(range(column, config.ranks, tensor)))
-    return Topology(rank, data, tensor, f"data-{column}", f"tensor-{first}", config.shard_optimizer)
+    return Topology(rank, data, tensor, world, f"data-{column}", f"tensor-{first}", config.shard_optimizer)
 
 
 def any_rank(flag: bool, topology: Topology) -> bool:
     """Whether `flag` is set on any rank; every rank calls it, waits for the others and hears the same."""
     if topology.ranks == 1:
         return flag
-    return float(ops.AllReduce()(Tensor(np.full(1, flag, np.float32))).asnumpy()[0]) > 0
+    return float(ops.AllReduce(group=topology.group)(Tensor(np.full(1, flag, np.float32))).asnumpy()[0]) > 0
 
 
 def barrier(topology: Topology) -> None:
@@ -124,8 +125,8 @@ def all_reduce(group: str, ranks: int) -> Callable[[Tensor], Tensor]:
 
 
 def world_sum(topology: Topology) -> Callable[[Tensor], Tensor]:
-    """What sums over all ranks."""
-    return all_reduce(GlobalComm.WORLD_COMM_GROUP, topology.ranks)
+    """What sums over all ranks of the run."""
+    return all_reduce(topology.group, topology.ranks)
 
 
 def among_zeros(x: Tensor, place: int, places: int) -> tuple[Tensor, ...]:
@@ -176,7 +177,7 @@ class AllGather(nn.Cell):
     def __init__(self, topology: Topology):
         super().__init__()
         self.rank, self.ranks = topology.shard_rank, topology.shards
-        self.native = self.ranks > 1 and (on_ascend() or topology.tensor_parallel == 1)
+        self.native = self.ranks > 1 and (on_ascend() or topology.data_group == GlobalComm.WORLD_COMM_GROUP)
         self.collective = (ops.AllGather(group=topology.data_group) if self.native else
                            all_reduce(topology.data_group, self.ranks))
 

@@ -25,13 +25,28 @@ def small_config(*changes: str) -> RunConfig:
     return load_config(TINY, [*SMALL, *changes])
 
 
-def golden_net(**changes: Any) -> Any:
-    """A ChatGLM3 with the golden weights; changes: of its configuration, by default float32."""
+def golden_net(*topology: Any, **changes: Any) -> Any:
+    """A ChatGLM3 with the golden weights.
+
+    topology: the rank's place if it is one of several; changes: of the configuration, by default float32.
+    """
     from glm3kit import ChatGLM3, ModelConfig, load_weights  # here: most tests that use this file need no MindSpore
 
-    net = ChatGLM3(ModelConfig.from_hf(GOLDEN / "hf" / "config.json", **FLOAT32 | changes))
+    net = ChatGLM3(ModelConfig.from_hf(GOLDEN / "hf" / "config.json", **FLOAT32 | changes), *topology)
     load_weights(net, GOLDEN / "hf")
     return net
+
+
+def next_token_labels(input_ids: np.ndarray) -> np.ndarray:
+    """Labels of plain language modelling: the token after each, none after the last."""
+    labels = np.full_like(input_ids, -100)
+    labels[..., :-1] = input_ids[..., 1:]
+    return labels
+
+
+def reference_batches() -> list[tuple[np.ndarray, np.ndarray]]:
+    """input_ids and labels, (4, 48) each, of the twenty steps that the reference took from the golden weights."""
+    return [(ids, next_token_labels(ids)) for ids in np.load(GOLDEN / "reference.npz")["train.input_ids"]]
 
 
 def until(condition: Callable[[], Any], timeout_s: float = 60) -> Any:

@@ -7,7 +7,7 @@ import types
 
 import numpy as np
 import pytest
-from fit_golden import reference_batches
+from support import reference_batches
 
 from glm3kit.checkpoint.folder import checkpoints, damage, newest_checkpoint
 from glm3kit.config.groups import ModelConfig, TrainConfig
@@ -26,7 +26,7 @@ WEIGHTS = random_weights(TINY, seed=3)
 
 @pytest.fixture(scope="module")
 def batches(golden):
-    return [(ids % 64, np.where(labels < 0, labels, labels % 64)) for ids, labels in reference_batches(golden)[:6]]
+    return [(ids % 64, np.where(labels < 0, labels, labels % 64)) for ids, labels in reference_batches()[:6]]
 
 
 def new_trainer(cfg: ModelConfig = TINY, total_steps: int = 6) -> tuple[ChatGLM3, Trainer]:

@@ -1,19 +1,16 @@
 """Several real processes give what one gives: data parallel, tensor parallel, both."""
 
-import functools
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from generate_rank import answers
+from four_ranks import ReferenceRun, answers
+from support import GOLDEN
 
 from glm3kit.checkpoint.merge import merge, merged_tensors
 from glm3kit.config.groups import ModelConfig, ParallelConfig, RunConfig
 from glm3kit.errors import ConfigError
-from glm3kit.jobs.launch import plan_launch, start_job
-from glm3kit.parallel import shard_of, start_processes
-from glm3kit.setup.rank_table import local_rank_table
+from glm3kit.parallel import ALONE, shard_of, start_processes
 from glm3kit.weights.formats.safetensors import read_safetensors
 from glm3kit.weights.read import read_weights
 
@@ -43,65 +40,44 @@ def test_a_layout_that_does_not_divide_is_an_error_that_says_what_would_do():
 
 
 @pytest.fixture(scope="module")
-def train_golden(golden, tmp_path_factory):
-    """Have processes take the reference's steps -> the folder with what came out of each run; a layout starts once."""
-    # tensor_parallel 4: two ranks a key/value group.
-    runs = {(1, 1): ["sharded"], (2, 1): ["sharded", "unsharded"], (1, 2): ["sharded"], (1, 4): ["sharded"],
-            (2, 2): ["sharded", "unsharded", "lora"]}
-    model = ModelConfig.from_hf(golden / "hf/config.json", param_dtype="float32", compute_dtype="float32")
-
-    @functools.cache
-    def train(data_parallel: int, tensor_parallel: int) -> Path:
-        parallel = ParallelConfig(data_parallel=data_parallel, tensor_parallel=tensor_parallel, shard_optimizer=False,
-                                  device_target="CPU")
-        config = RunConfig(name="job", output_dir=str(tmp_path_factory.mktemp("golden")), model=model,
-                           parallel=parallel)
-        command = [str(Path(__file__).with_name("fit_golden.py")), str(golden.resolve()), str(config.job_dir),
-                   *runs[data_parallel, tensor_parallel]]
-        job = start_job(plan_launch(config, local_rank_table(parallel.ranks)), command=command)
-        return job.wait(timeout_s=400).folder
-
-    return train
-
-
-@pytest.fixture(scope="module")
-def one(train_golden):
-    """The weights after the same steps in one process."""
-    return merged_tensors(train_golden(1, 1) / "sharded")
+def one(tmp_path_factory):
+    """The weights after the reference's steps in one process."""
+    folder = tmp_path_factory.mktemp("one")
+    ReferenceRun(ALONE).train(folder)
+    return merged_tensors(folder)
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("layout, run", [((2, 1), "sharded"), ((2, 1), "unsharded"), ((1, 2), "sharded"),
-                                         ((1, 4), "sharded"), ((2, 2), "sharded"), ((2, 2), "unsharded")])
-def test_processes_train_as_one_and_merge_to_its_weights(layout, run, golden, one, train_golden, tmp_path):
-    data_parallel, tensor_parallel = layout
-    ranks = data_parallel * tensor_parallel
-    reference = np.load(golden / "reference.npz")
-    folder = train_golden(*layout) / run
+@pytest.mark.parametrize("ranks, slices, name", [
+    (2, 1, "golden_2x1"), (2, 1, "golden_2x1_unsharded"), (2, 2, "golden_1x2"), (4, 4, "golden_1x4"),
+    (4, 2, "golden_2x2"), (4, 2, "golden_2x2_unsharded")])
+def test_processes_train_as_one_and_merge_to_its_weights(ranks, slices, name, one, four_ranks, tmp_path):
+    folder = four_ranks / name
+    reference = np.load(GOLDEN / "reference.npz")
     records = json.loads((folder / "records.json").read_text())
     np.testing.assert_allclose([r["loss"] for r in records], reference["train.loss"], rtol=1e-4)
     np.testing.assert_allclose([r["grad_norm"] for r in records], reference["train.grad_norm"], rtol=1e-4)
 
     shards = sorted(path.name for path in (folder / "checkpoint/step_20/model").glob("rank_*"))
-    assert shards == [f"rank_{rank}.safetensors" for rank in range(tensor_parallel)]
+    assert shards == [f"rank_{rank}.safetensors" for rank in range(slices)]
     state = [read_safetensors(path)
              for path in (folder / "checkpoint/step_20/optimizer").glob("rank_*.safetensors")]
     assert len(state) == ranks
     table = "exp_avg.transformer.embedding.embedding_table"
     assert {file.specs[table].nbytes for file in state} == {
-        one[table.removeprefix("exp_avg.")].nbytes // (ranks if run == "sharded" else tensor_parallel)}
+        one[table.removeprefix("exp_avg.")].nbytes // (slices if "unsharded" in name else ranks)}
     merged = read_weights(merge(folder, tmp_path / "merged.safetensors", progress=False))
     assert merged.specs == one.specs
     for name in one:
         difference = np.abs(merged[name] - one[name]).max()
-        if not name.endswith("query_key_value.bias"):  # some of it is noise: see test_train.py
+        if not name.endswith("query_key_value.bias"):  # some of it is noise: see train/test_run.py
             assert difference <= 1e-4 * np.abs(one[name]).max(), (name, difference)
 
 
 @pytest.mark.ranks
-def test_adapters_train_on_four_processes_as_in_the_reference(golden, train_golden, tmp_path):
-    reference = np.load(golden / "lora.npz")
-    folder = train_golden(2, 2) / "lora"
+def test_adapters_train_on_four_processes_as_in_the_reference(four_ranks, tmp_path):
+    reference = np.load(GOLDEN / "lora.npz")
+    folder = four_ranks / "golden_2x2_lora"
     records = json.loads((folder / "records.json").read_text())
     np.testing.assert_allclose([r["loss"] for r in records], reference["loss"], rtol=1e-4)
     merged = read_weights(merge(folder, tmp_path / "merged.safetensors", progress=False))
@@ -111,12 +87,8 @@ def test_adapters_train_on_four_processes_as_in_the_reference(golden, train_gold
 
 
 @pytest.mark.ranks
-def test_processes_that_share_a_model_generate_as_one(tmp_path):
-    config = RunConfig(name="job", output_dir=str(tmp_path),
-                       parallel=ParallelConfig(tensor_parallel=2, device_target="CPU"))
-    command = [str(Path(__file__).with_name("generate_rank.py")), str(config.job_dir), "2"]
-    job = start_job(plan_launch(config, local_rank_table(2)), command=command).wait(timeout_s=240)
-    first, second = (json.loads((job.folder / f"answers_{rank}.json").read_text()) for rank in range(2))
+def test_processes_that_share_a_model_generate_as_one(four_ranks):
+    first, second = (json.loads((four_ranks / f"answers_{rank}.json").read_text()) for rank in range(2))
     assert first == second
     assert "seed is None, expected a number" in first.pop("without a seed")
     assert first == answers()

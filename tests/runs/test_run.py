@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from support import ROOT
+from support import TOKENIZER, small_config
 
 from glm3kit.checkpoint.folder import checkpoints
 from glm3kit.checkpoint.merge import merge
@@ -15,19 +15,15 @@ from glm3kit.data.token_file import IGNORE_INDEX
 from glm3kit.errors import JobError
 from glm3kit.jobs.launch import launch
 from glm3kit.jobs.metrics import read_metrics
-from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 from glm3kit.train.run import run_rank
 from glm3kit.weights.names import parameter_shapes
-from glm3kit.weights.random import random_weights
+from glm3kit.weights.random import random_weights, write_random_hub_weights
 from glm3kit.weights.read import read_weights
-
-SMALL = ("model.num_layers=1", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.kv_channels=8",
-         "train.batch_size=2", "train.total_steps=6", "train.save_steps=3", "train.keep_checkpoints=2",
-         "train.eval_steps=4", "parallel.peak_tflops=0.1")
 
 
 def small_run(folder, *changes):
-    return load_config(ROOT / "configs" / "tiny.yaml", [*SMALL, f"output_dir={folder}", *changes])
+    return small_config("train.total_steps=6", "train.save_steps=3", "train.keep_checkpoints=2", "train.eval_steps=4",
+                        "parallel.peak_tflops=0.1", f"output_dir={folder}", *changes)
 
 
 def steps_of(folder):
@@ -68,12 +64,13 @@ def test_metrics_say_where_a_step_s_time_went_and_what_it_used(finished):
 
 @pytest.mark.ranks
 def test_one_process_gives_the_curve_of_two_on_the_same_global_batch(finished, tmp_path):
-    alone = launch(small_run(tmp_path, "name=alone", "parallel.data_parallel=1", "train.batch_size=4"), progress=False)
-    held_out = [{r["step"]: r["eval_loss"] for r in read_metrics(job.folder) if "eval_loss" in r}
-                for job in (finished, alone)]
+    alone = small_run(tmp_path, "name=alone", "parallel.data_parallel=1", "train.batch_size=4")
+    run_rank(alone)
+    held_out = [{r["step"]: r["eval_loss"] for r in read_metrics(folder) if "eval_loss" in r}
+                for folder in (finished.folder, alone.job_dir)]
     assert list(held_out[0]) == [4, 6] and held_out[0] == pytest.approx(held_out[1], rel=1e-4)
     assert held_out[0][6] < held_out[0][4] < np.log(2048)
-    two, one = steps_of(finished.folder), steps_of(alone.folder)
+    two, one = steps_of(finished.folder), steps_of(alone.job_dir)
     for key in ("loss", "grad_norm", "learning_rate"):
         np.testing.assert_allclose([r[key] for r in one], [r[key] for r in two], rtol=1e-4, err_msg=key)
 
@@ -90,8 +87,6 @@ def test_merged_weights_of_a_run_are_those_of_a_model(finished, tmp_path):
 
 @pytest.mark.ranks
 def test_weights_of_another_model_fail_the_run_with_the_reason(tmp_path):
-    from glm3kit.weights.random import write_random_hub_weights
-
     other = ModelConfig(num_layers=1, padded_vocab_size=64, hidden_size=32, ffn_hidden_size=48, kv_channels=8,
                         num_attention_heads=4, param_dtype="float32")
     write_random_hub_weights(other, tmp_path / "hub")
@@ -101,21 +96,19 @@ def test_weights_of_another_model_fail_the_run_with_the_reason(tmp_path):
     assert json.loads((config.job_dir / "job.json").read_text())["state"] == "failed"
 
 
-def test_full_fine_tuning_on_conversations_with_tools_learns_what_the_assistant_says(tmp_path):
-    tiny = ROOT / "glm3kit/tiny"
-    lines = (tiny / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
+def test_full_fine_tuning_on_conversations_with_tools_learns_what_the_assistant_says(tokenizer, tmp_path):
+    lines = (TOKENIZER.parent / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
     with_tools = [line for line in lines if '"tools"' in line and '"observation"' in line]
     assert len(with_tools) > 40
     (tmp_path / "train.jsonl").write_text("\n".join(with_tools[:40]), encoding="utf-8")
     (tmp_path / "eval.jsonl").write_text("\n".join(with_tools[40:48]), encoding="utf-8")
-    config = load_config(ROOT / "configs" / "tiny.yaml", [
-        *SMALL, f"output_dir={tmp_path}", "name=tools", "model.hidden_size=64", "parallel.data_parallel=1",
+    config = small_run(
+        tmp_path, "name=tools", "model.hidden_size=64", "parallel.data_parallel=1",
         f"data.train_path={tmp_path / 'train.jsonl'}", f"data.eval_path={tmp_path / 'eval.jsonl'}",
         "train.batch_size=8", "train.total_steps=40", "train.eval_steps=20", "train.learning_rate=0.02",
-        "train.save_steps=null"])
+        "train.save_steps=null")
     history = run_rank(config)
     # Of the labels of an epoch those of the assistant's turns count, and no other.
-    tokenizer = ChatGLM3Tokenizer(config.model.tokenizer_path)
     labels = [encode_conversation(json.loads(line), tokenizer, config.model.seq_length)[1]
               for line in with_tools[:40]]
     assert sum(record["loss_tokens"] for record in history[:5]) == (np.array(labels) != IGNORE_INDEX).sum()

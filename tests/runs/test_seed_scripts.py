@@ -13,7 +13,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
-from support import ROOT
+from support import FLOAT32, ROOT
 
 from glm3kit import ChatGLM3, ChatGLM3Tokenizer, ModelConfig
 
@@ -43,7 +43,7 @@ def checkpoint(tokenizer_path, tmp_path_factory) -> Path:
     chain = [tokenizer.role_id("assistant"), *tokenizer.encode("\n", False), *tokenizer.encode(ANSWER, False),
              tokenizer.eos_id]
     assert len(set(chain)) == len(chain)
-    net = ChatGLM3(ModelConfig(param_dtype="float32", compute_dtype="float32", **SIZES))
+    net = ChatGLM3(ModelConfig(**FLOAT32, **SIZES))
     words = np.random.default_rng(0).standard_normal((65024, 64)).astype(np.float32)
     output = np.zeros_like(words)
     output[chain[1:]] = words[chain[:-1]]

@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-from fit_golden import next_token_labels
 from mindspore import Tensor
-from support import ROOT
+from support import ROOT, next_token_labels
 
 from glm3kit.checkpoint.merge import merge
 from glm3kit.config.groups import LoraConfig, ModelConfig, RunConfig, TrainConfig

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fit_golden import reference_batches
 from mindspore import Parameter, Tensor
+from support import reference_batches
 
 from glm3kit.config.groups import ModelConfig, TrainConfig
 from glm3kit.errors import ConfigError, DataError, JobError
@@ -34,7 +34,7 @@ def reference(golden):
 
 @pytest.fixture(scope="module")
 def batches(golden):
-    return reference_batches(golden)
+    return reference_batches()
 
 
 def config(**changes) -> TrainConfig:
