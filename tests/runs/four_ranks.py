@@ -18,14 +18,12 @@ from support import GOLDEN, golden_net, next_token_labels, reference_batches, sm
 import glm3kit.train.run
 from glm3kit.config.groups import LoraConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from glm3kit.errors import ConfigError
-from glm3kit.jobs.launch import rank_process
+from glm3kit.jobs.process import rank_process
 from glm3kit.model.chatglm3 import ChatGLM3
-from glm3kit.model.load import fill_parameters
 from glm3kit.parallel import ALONE, Topology, barrier, start_processes
 from glm3kit.train.lora import add_adapters
 from glm3kit.train.run import Trainer, run_rank, run_steps
 from glm3kit.train.saving import load_checkpoint, save_checkpoint
-from glm3kit.weights.read import random_weights
 
 RANKS = 4
 
@@ -118,7 +116,6 @@ PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8, 9, 7], [9, 3]]
 def answers(topology: Topology = ALONE) -> dict[str, list]:
     """What a model of random weights says: greedy, drawn, searched, in two turns."""
     net = ChatGLM3(CFG, topology)
-    fill_parameters(net, random_weights(CFG, seed=0))
     talk = net.conversation(max_new_tokens=4, eos_token_id=[])
     said = list(talk(PROMPTS[0]))
     found = {
