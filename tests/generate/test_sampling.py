@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from support import TINY
 
-from glm3kit.config.groups import GenerateConfig, load_config
+from glm3kit.config.groups import GenerateConfig
+from glm3kit.config.load import load_config
 from glm3kit.errors import ConfigError
 from glm3kit.generate.sampling import sampling_probabilities
 
