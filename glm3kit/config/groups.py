@@ -34,6 +34,8 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 Count = Annotated[int, Field(ge=1)]
 LoraTarget = Literal["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]  # the matrices of a layer
 Paths = Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
+Ids = Annotated[tuple[Annotated[int, Field(strict=True)], ...], Field(strict=False),
+                BeforeValidator(lambda v: (v,) if isinstance(v, int) else v)]
 # Keys that hold paths.
 PATH_KEYS = (("output_dir",), ("model", "checkpoint_name_or_path"), ("model", "adapters_path"),
              ("model", "tokenizer_path"), ("data", "train_path"), ("data", "eval_path"))
@@ -218,7 +220,7 @@ class ParallelConfig(Group):
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers and arrays, and what lists hold of them, as Python's."""
+    """What is NumPy's, or a list of NumPy's numbers, as Python's."""
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value.tolist() if hasattr(value, "tolist") else value
@@ -239,8 +241,7 @@ class GenerateConfig(Group):
     # Above 1.0 makes tokens of prompt and answer less likely (https://arxiv.org/abs/1909.05858).
     repetition_penalty: FiniteFloat = Field(1.0, gt=0, description="above 0 (1.0: none)")
     # An id or several that end an answer, and are part of it: </s>, <|user|>, <|observation|>.
-    eos_token_id: tuple[Annotated[int, Field(strict=True)], ...] = Field(
-        (2, 64795, 64797), strict=False, description="an id, a list of ids, or [] for none")
+    eos_token_id: Ids = Field((2, 64795, 64797), description="an id, a list of ids, or [] for none")
     # Makes draws repeatable; a row's draws depend on the seed and its place in the batch.
     seed: int | None = Field(None, ge=0, description="at least 0, or None")
     # Above 1 searches for the most likely answer with so many beams.
@@ -248,12 +249,6 @@ class GenerateConfig(Group):
     length_penalty: FiniteFloat = Field(1.0, description="a number")  # of beams: above 0 longer answers gain
     # The search ends with the first num_beams answers (True), when no better one is likely (False) or possible.
     early_stopping: bool | Literal["never"] = Field(False, description="True, False or 'never'")
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _take_numpy_and_one_id(cls, value: Any, field: ValidationInfo) -> Any:
-        value = _plain(value)
-        return [value] if field.field_name == "eos_token_id" and isinstance(value, int) else value
 
     @field_validator("num_beams")
     @classmethod
@@ -271,9 +266,12 @@ class GenerateConfig(Group):
 
     @classmethod
     def checked(cls, **settings: Any) -> "GenerateConfig":
-        """Settings as a call gives them; raises ConfigError with every one that is out of its range, or unknown."""
+        """Settings as a call gives them, NumPy's numbers and arrays too.
+
+        Raises ConfigError with every one that is out of its range, or unknown.
+        """
         try:
-            return cls(**settings)
+            return cls(**{name: _plain(value) for name, value in settings.items()})
         except ValidationError as err:
             names = dict.fromkeys(item["loc"][0] for item in err.errors())  # a union has several errors
             faults = [f"{name} is {settings[name]!r}, expected {cls.model_fields[name].description}"
