@@ -16,14 +16,16 @@ import os
 import re
 import zlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from glm3kit.config.groups import ModelConfig
 from glm3kit.errors import DataError
+from glm3kit.weights.names import EMBEDDING, parameter_shapes
 
 METRICS_FILE = "metrics.jsonl"
 NUMBER = r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|nan|inf)"
@@ -45,10 +47,10 @@ def flops_per_token(model: ModelConfig, seq_length: int, lora: bool = False) -> 
     As PaLM counts them (https://arxiv.org/abs/2204.02311, appendix B): no embedding look-up, recomputation not counted.
     lora: the gradients of the frozen weights, a third of the first, are not needed.
     """
-    heads, keys = (n * model.kv_channels for n in (model.num_attention_heads, model.multi_query_group_num))
-    layer = model.hidden_size * (2 * heads + 2 * keys + 3 * model.ffn_hidden_size)
-    weights = model.num_layers * layer + model.hidden_size * model.padded_vocab_size
-    return (4 if lora else 6) * weights + 12 * model.num_layers * heads * seq_length
+    matrices = sum(prod(shape) for name, shape in parameter_shapes(model).items()
+                   if name != EMBEDDING and len(shape) == 2)
+    attention = model.num_layers * model.num_attention_heads * model.kv_channels * seq_length
+    return (4 if lora else 6) * matrices + 12 * attention
 
 
 def format_step_line(record: Mapping[str, Any], epochs: int, steps_per_epoch: int) -> str:
@@ -149,7 +151,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return _read_log(path, text)
 
 
-class MetricsWriter:
+class MetricsWriter(AbstractContextManager):
     """Append records to a metrics.jsonl, each visible to readers at once.
 
     A line that an earlier writer was killed in is cut away, so that a resumed job continues the file.
@@ -175,11 +177,7 @@ class MetricsWriter:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> "MetricsWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -202,12 +200,12 @@ class NewRecords:
         if lines and not lines[-1].endswith(b"\n"):
             lines.pop()  # still being written
         self.offset += sum(map(len, lines))
-        records = []
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and "step" in record and "loss" in record:
-                records.append(record)
-        return records
+        return [record for line in lines if (record := _step_of(line))]
+
+
+def _step_of(line: bytes) -> dict | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and {"step", "loss"} <= record.keys() else None

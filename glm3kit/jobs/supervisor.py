@@ -36,10 +36,7 @@ def describe_exit(code: int) -> str:
     """What an exit code says about the end of a rank."""
     if code >= 0:
         return f"ended with exit code {code} before its work was done"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = "unknown"
+    name = next((known.name for known in signal.Signals if known == -code), "unknown")
     hint = "; the system does that when memory runs out" if -code == signal.SIGKILL else ""
     return f"was killed by signal {-code} ({name}{hint})"
 
@@ -67,15 +64,16 @@ class Supervisor:
         }
 
     def write(self, **changes: object) -> None:
-        """Write job.json if anything is new in it."""
+        """Write job.json if anything is new in it; touch it as a sign of life, which needs no room on the disk."""
         self.state |= changes
         text = json.dumps(self.state, indent=2, ensure_ascii=False) + "\n"
         if text != self.written:
             atomic_write(self.folder / "job.json", text)
-            self.written, self.touched = text, time.monotonic()
         elif time.monotonic() - self.touched > SIGN_OF_LIFE_S:
             os.utime(self.folder / "job.json")
-            self.touched = time.monotonic()
+        else:
+            return
+        self.written, self.touched = text, time.monotonic()
 
     def start(self) -> None:
         """Start what the launch plan has for this machine."""
