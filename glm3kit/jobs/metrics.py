@@ -16,7 +16,6 @@ import os
 import re
 import zlib
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -95,16 +94,14 @@ def _read_log(path: Path, text: str) -> list[dict[str, Any]]:
     return records
 
 
-def _read_json_line(place: str, line: str) -> dict[str, Any]:
+def _json_record(line: str | bytes) -> dict[str, Any] | None:
+    """The record of a step or of an evaluation in a line of JSON; None for anything else."""
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError) as err:
-        raise DataError(f"{place}: no JSON ({err}): {line[:80]!r}; expected an object; remove the line") from err
-    kind = "eval_loss" if isinstance(record, dict) and "eval_loss" in record else "loss"
-    if not isinstance(record, dict) or type(record.get("step")) is not int or kind not in record:
-        raise DataError(f"{place}: {line[:80]!r} is no record; expected an object with 'step' (a whole number) and "
-                        "'loss' or 'eval_loss'; remove the line")
-    return {key: math.nan if value is None else value for key, value in record.items()}  # JSON has no NaN
+    except (ValueError, RecursionError):
+        return None
+    known = isinstance(record, dict) and type(record.get("step")) is int and record.keys() & {"loss", "eval_loss"}
+    return record if known else None
 
 
 def _read_json_lines(path: Path, text: str) -> list[dict[str, Any]]:
@@ -115,8 +112,11 @@ def _read_json_lines(path: Path, text: str) -> list[dict[str, Any]]:
     records = {}
     for number, line in enumerate(lines, 1):
         if line.strip():
-            record = _read_json_line(f"{path}:{number}", line)
-            records[record["step"], "eval_loss" in record] = record
+            if (record := _json_record(line)) is None:
+                raise DataError(f"{path}:{number}: {line[:80]!r} is no record; expected a JSON object with 'step' (a "
+                                "whole number) and 'loss' or 'eval_loss'; remove the line")
+            records[record["step"], "eval_loss" in record] = {
+                key: math.nan if value is None else value for key, value in record.items()}  # JSON has no NaN
     return [records[key] for key in sorted(records)]
 
 
@@ -151,12 +151,11 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return _read_log(path, text)
 
 
-class MetricsWriter(AbstractContextManager):
+class MetricsWriter:
     """Append records to a metrics.jsonl, each visible to readers at once.
 
     A line that an earlier writer was killed in is cut away, so that a resumed job continues the file.
-
-        with MetricsWriter("output/tiny/metrics.jsonl") as metrics: metrics.write({"step": 1, "loss": 7.62})
+    Example: MetricsWriter("output/tiny/metrics.jsonl").write({"step": 1, "loss": 7.62})
     """
 
     def __init__(self, path: str | Path):
@@ -176,9 +175,6 @@ class MetricsWriter(AbstractContextManager):
 
     def close(self) -> None:
         self._file.close()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class NewRecords:
@@ -200,12 +196,4 @@ class NewRecords:
         if lines and not lines[-1].endswith(b"\n"):
             lines.pop()  # still being written
         self.offset += sum(map(len, lines))
-        return [record for line in lines if (record := _step_of(line))]
-
-
-def _step_of(line: bytes) -> dict | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and {"step", "loss"} <= record.keys() else None
+        return [record for line in lines if (record := _json_record(line)) and "loss" in record]

@@ -27,7 +27,7 @@ from glm3kit.jobs.process import JOB_VARIABLE, STACKS_SIGNAL, Watch, end_process
 
 POLL_S = 0.2
 GRACE_S = 3  # for a rank that failed to print its traceback, for a rank's own words where the scheduler failed
-TEARDOWN_S = 30  # for ranks that are done with their work to leave the cluster, and for the scheduler to see it
+TEARDOWN_S = 30  # for a rank that is done with its work to leave the cluster
 SIGN_OF_LIFE_S = 10  # between two touches of job.json, for readers on other machines
 LOG_LINES = 20
 
@@ -81,9 +81,10 @@ class Supervisor:
         for name, variables in process_variables(self.plan).items():
             environment = os.environ | {JOB_VARIABLE: str(self.folder)} | variables
             with (log_folder / f"{name}.log").open("wb") as output:
-                # MindSpore leaves rank_N/ and kernel_meta/ in the working folder
+                # In the log folder: MindSpore leaves rank_N/ and kernel_meta/ where it works. In sessions of their own:
+                # Linux shares a busy machine out by sessions (sched_autogroup), and in one the ranks got a third of it.
                 child = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                         env=environment, cwd=log_folder)
+                                         env=environment, cwd=log_folder, start_new_session=True)
             self.children[name] = child
             self.state["processes"][name] = process_mark(child.pid)
 
@@ -147,8 +148,10 @@ class Supervisor:
         try:
             self.start()
             state, reason = self.watch()
+            # A scheduler waits for the ranks of other machines, too; where there are none it is done with ours.
+            leaving = [self.children[name] for name in (self.names if self.plan.nodes == 1 else self.children)]
             deadline = time.monotonic() + (TEARDOWN_S if state == "succeeded" else 0)
-            while time.monotonic() < deadline and any(child.poll() is None for child in self.children.values()):
+            while time.monotonic() < deadline and any(child.poll() is None for child in leaving):
                 time.sleep(POLL_S)
         except Exception:  # nobody else would hear of it: this process has no parent
             state, reason = "failed", f"the supervisor itself failed:\n{traceback.format_exc()}"
