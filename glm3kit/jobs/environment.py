@@ -113,21 +113,18 @@ def joined() -> Iterator[None]:
     Rank 0 starts the scheduler as a process of its own. It ends by itself once every rank has left, so nobody waits for
     it here; where rank 0 fails it is ended, and the others hear of it.
     """
-    variables = joining_variables(os.environ)
-    if not variables:
-        yield
-        return
-    variables["MS_SCHED_HOST"] = address_of(variables["MS_SCHED_HOST"])
-    os.environ.update(variables)
-    os.environ.pop("RANK_TABLE_FILE", None)  # with it MindSpore would start up from the table
-    if variables["MS_NODE_ID"] != "0":
-        yield
-        return
-    refuse_busy_port(variables["MS_SCHED_HOST"], int(variables["MS_SCHED_PORT"]))
-    scheduler = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=os.environ | {"MS_ROLE": "MS_SCHED"},
-                                 stdin=subprocess.DEVNULL)
+    variables, scheduler = joining_variables(os.environ), None
+    if variables:
+        variables["MS_SCHED_HOST"] = address_of(variables["MS_SCHED_HOST"])
+        os.environ.update(variables)
+        os.environ.pop("RANK_TABLE_FILE", None)  # with it MindSpore would start up from the table
+    if variables.get("MS_NODE_ID") == "0":
+        refuse_busy_port(variables["MS_SCHED_HOST"], int(variables["MS_SCHED_PORT"]))
+        scheduler = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=os.environ | {"MS_ROLE": "MS_SCHED"},
+                                     stdin=subprocess.DEVNULL)
     try:
         yield
     except BaseException:
-        scheduler.kill()
+        if scheduler:
+            scheduler.kill()
         raise

@@ -140,39 +140,22 @@ class Job:
         Raises JobError with the reason if the job fails or is stopped, or if it still runs after `timeout_s` seconds.
         Ctrl-C ends the waiting, not the job.
         """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        steps = _Steps(self.folder, progress)
-        try:
-            while (state := self.state())["state"] in LIVE:
-                steps.update()
-                if deadline is not None and time.monotonic() > deadline:
-                    raise JobError(f"{self.folder}: still {state['state']} after {timeout_s} s; "
-                                   "wait() goes on waiting, stop() ends it")
-                time.sleep(POLL_S)
-            steps.update()
-        finally:
-            steps.close()
+        deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        total = load_config(self.folder / "config.yaml").train.total_steps if progress else None
+        records = NewRecords(self.folder / METRICS_FILE)
+        with tqdm(total=total, unit="step", disable=not progress, desc=self.folder.name) as bar:
+            ended = False
+            while not ended:
+                state = self.state()
+                ended = state["state"] not in LIVE  # asked before the last look
+                if progress and (new := records.read()):
+                    bar.total, bar.n = new[-1].get("total_steps", bar.total), new[-1]["step"]
+                    bar.set_postfix(loss=f"{new[-1]['loss']:.3f}")
+                if not ended:
+                    if time.monotonic() > deadline:
+                        raise JobError(f"{self.folder}: still {state['state']} after {timeout_s} s; "
+                                       "wait() goes on waiting, stop() ends it")
+                    time.sleep(POLL_S)
         if state["state"] != "succeeded":
             raise JobError(f"{self.folder}: the job {state['state']}: {state['reason']}")
         return self
-
-
-class _Steps:
-    """A progress bar over the steps that metrics.jsonl tells of."""
-
-    def __init__(self, folder: Path, progress: bool) -> None:
-        total = load_config(folder / "config.yaml").train.total_steps if progress else None
-        self.records = NewRecords(folder / METRICS_FILE)
-        self.bar = tqdm(total=total, unit="step", disable=not progress, desc=folder.name)
-
-    def update(self) -> None:
-        if self.bar.disable:
-            return
-        for record in self.records.read():
-            self.bar.total = record.get("total_steps", self.bar.total)
-            self.bar.n = record["step"]
-            self.bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
-        self.bar.refresh()
-
-    def close(self) -> None:
-        self.bar.close()

@@ -49,13 +49,12 @@ def choose_rank_table(config: RunConfig, given: RankTable | str | Path | None = 
     those ranks is this machine's.
     """
     count, target = config.parallel.ranks, config.parallel.device_target
-    path = given if isinstance(given, (str, Path)) else None
     if given is None and target != "CPU":
-        path = find_rank_table(environ, root)
+        given = find_rank_table(environ, root)
     if isinstance(given, RankTable):
         table = given
-    elif path is not None:
-        table = wait_for_rank_table(path, timeout_s) if timeout_s else read_rank_table(path)
+    elif given is not None:
+        table = wait_for_rank_table(given, timeout_s) if timeout_s else read_rank_table(given)
     else:
         cards = ascend_cards(root)
         if target != "CPU" and len(cards) < count and (cards or target == "Ascend"):
@@ -85,8 +84,8 @@ class Launch:
     @property
     def folder(self) -> Path:
         """The folder of this machine's job: that of the run on the first machine, one inside of it on the others."""
-        node = self.plan.node_rank
-        return self.config.job_dir.resolve() / f"node_{node}" if node else self.config.job_dir.resolve()
+        folder, node = self.config.job_dir.resolve(), self.plan.node_rank
+        return folder / f"node_{node}" if node else folder
 
     @property
     def rank_command(self) -> list[str]:
@@ -171,9 +170,9 @@ def _clear(folder: Path, overwrite: bool) -> None:
         end_processes(folder)
     else:
         _refuse_left_over(folder)
-    if not overwrite and (found := [name for name in RESULTS if (folder / name).exists()]):
-        raise JobError(f"{folder}: holds an earlier run ({', '.join(found)}); give this one another name, or "
-                       "overwrite=True to remove its log, metrics and checkpoints")
+        if found := [name for name in RESULTS if (folder / name).exists()]:
+            raise JobError(f"{folder}: holds an earlier run ({', '.join(found)}); give this one another name, or "
+                           "overwrite=True to remove its log, metrics and checkpoints")
     for name in (*RESULTS, *OTHER):
         path = folder / name
         if path.is_dir() and not path.is_symlink():
@@ -241,10 +240,8 @@ def launch(config: RunConfig, rank_table: RankTable | str | Path | None = None, 
 def run_launch(start: Launch, wait: bool = True, progress: bool = True, overwrite: bool = False) -> Job:
     """Start what was planned, see `launch`."""
     job = start_job(start, overwrite)
-    if wait:
-        try:
-            job.wait(progress=progress)
-        except KeyboardInterrupt:
-            job.stop()
-            raise
-    return job
+    try:
+        return job.wait(progress=progress) if wait else job
+    except KeyboardInterrupt:
+        job.stop()
+        raise

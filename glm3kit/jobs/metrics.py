@@ -16,14 +16,15 @@ import os
 import re
 import zlib
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from glm3kit.config.groups import ModelConfig
 from glm3kit.errors import DataError
+from glm3kit.weights.names import EMBEDDING, parameter_shapes
 
 METRICS_FILE = "metrics.jsonl"
 NUMBER = r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|nan|inf)"
@@ -45,10 +46,10 @@ def flops_per_token(model: ModelConfig, seq_length: int, lora: bool = False) -> 
     As PaLM counts them (https://arxiv.org/abs/2204.02311, appendix B): no embedding look-up, recomputation not counted.
     lora: the gradients of the frozen weights, a third of the first, are not needed.
     """
-    heads, keys = (n * model.kv_channels for n in (model.num_attention_heads, model.multi_query_group_num))
-    layer = model.hidden_size * (2 * heads + 2 * keys + 3 * model.ffn_hidden_size)
-    weights = model.num_layers * layer + model.hidden_size * model.padded_vocab_size
-    return (4 if lora else 6) * weights + 12 * model.num_layers * heads * seq_length
+    matrices = sum(prod(shape) for name, shape in parameter_shapes(model).items()
+                   if name != EMBEDDING and len(shape) == 2)
+    attention = model.num_layers * model.num_attention_heads * model.kv_channels * seq_length
+    return (4 if lora else 6) * matrices + 12 * attention
 
 
 def format_step_line(record: Mapping[str, Any], epochs: int, steps_per_epoch: int) -> str:
@@ -93,16 +94,14 @@ def _read_log(path: Path, text: str) -> list[dict[str, Any]]:
     return records
 
 
-def _read_json_line(place: str, line: str) -> dict[str, Any]:
+def _json_record(line: str | bytes) -> dict[str, Any] | None:
+    """The record of a step or of an evaluation in a line of JSON; None for anything else."""
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError) as err:
-        raise DataError(f"{place}: no JSON ({err}): {line[:80]!r}; expected an object; remove the line") from err
-    kind = "eval_loss" if isinstance(record, dict) and "eval_loss" in record else "loss"
-    if not isinstance(record, dict) or type(record.get("step")) is not int or kind not in record:
-        raise DataError(f"{place}: {line[:80]!r} is no record; expected an object with 'step' (a whole number) and "
-                        "'loss' or 'eval_loss'; remove the line")
-    return {key: math.nan if value is None else value for key, value in record.items()}  # JSON has no NaN
+    except (ValueError, RecursionError):
+        return None
+    known = isinstance(record, dict) and type(record.get("step")) is int and record.keys() & {"loss", "eval_loss"}
+    return record if known else None
 
 
 def _read_json_lines(path: Path, text: str) -> list[dict[str, Any]]:
@@ -113,8 +112,11 @@ def _read_json_lines(path: Path, text: str) -> list[dict[str, Any]]:
     records = {}
     for number, line in enumerate(lines, 1):
         if line.strip():
-            record = _read_json_line(f"{path}:{number}", line)
-            records[record["step"], "eval_loss" in record] = record
+            if (record := _json_record(line)) is None:
+                raise DataError(f"{path}:{number}: {line[:80]!r} is no record; expected a JSON object with 'step' (a "
+                                "whole number) and 'loss' or 'eval_loss'; remove the line")
+            records[record["step"], "eval_loss" in record] = {
+                key: math.nan if value is None else value for key, value in record.items()}  # JSON has no NaN
     return [records[key] for key in sorted(records)]
 
 
@@ -153,8 +155,7 @@ class MetricsWriter:
     """Append records to a metrics.jsonl, each visible to readers at once.
 
     A line that an earlier writer was killed in is cut away, so that a resumed job continues the file.
-
-        with MetricsWriter("output/tiny/metrics.jsonl") as metrics: metrics.write({"step": 1, "loss": 7.62})
+    Example: MetricsWriter("output/tiny/metrics.jsonl").write({"step": 1, "loss": 7.62})
     """
 
     def __init__(self, path: str | Path):
@@ -174,13 +175,6 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._file.close()
-
-    def __enter__(self) -> "MetricsWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        self.close()
 
 
 class NewRecords:
@@ -202,12 +196,4 @@ class NewRecords:
         if lines and not lines[-1].endswith(b"\n"):
             lines.pop()  # still being written
         self.offset += sum(map(len, lines))
-        records = []
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and "step" in record and "loss" in record:
-                records.append(record)
-        return records
+        return [record for line in lines if (record := _json_record(line)) and "loss" in record]

@@ -153,10 +153,9 @@ def find_master(servers: list[Server], environ: Mapping[str, str], source: str) 
 def _place(servers: list[Server], source: str, environ: Mapping[str, str], addresses: Collection[str],
            node_rank: int | None, master: str | None) -> tuple[int, str, str, list[str]]:
     """This machine's place among several: node rank, master's and own address, and from what they are known."""
+    why = "--node-rank"
     if node_rank is None:
         node_rank, why = _find_node(servers, environ, addresses, source)
-    else:
-        why = "--node-rank"
     host, whence = (master, "--master") if master else find_master(servers, environ, source)
     server, address = servers[node_rank], address_of(host)
     listed = sorted({server.server_id, server.host_ip} & set(addresses))

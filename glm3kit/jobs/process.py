@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TypeVar
@@ -80,22 +80,18 @@ def end_processes(folder: Path, timeout_s: float = 10) -> list[int]:
 
     Found by their environment and not by parent: what a rank has started outlives it, and ranks a killed supervisor.
     """
-    started = time.monotonic()
-    asked: set[int] = set()
-    while left := job_processes(folder):
-        waited_s = time.monotonic() - started
-        if waited_s > ASK_S + timeout_s:
+    def signal_all(what: int) -> list[psutil.Process]:
+        for process in (left := job_processes(folder)):
+            with suppress(psutil.Error):  # gone meanwhile
+                process.send_signal(what)
+        return left
+
+    psutil.wait_procs(signal_all(signal.SIGTERM), timeout=ASK_S)
+    deadline = time.monotonic() + timeout_s
+    while left := signal_all(signal.SIGKILL):
+        if time.monotonic() > deadline:
             return [process.pid for process in left]
-        for process in left:
-            try:
-                if waited_s > ASK_S:
-                    process.kill()
-                elif process.pid not in asked:
-                    process.terminate()
-            except psutil.Error:  # gone meanwhile
-                continue
-        asked |= {process.pid for process in left}
-        psutil.wait_procs(left, timeout=0.5)
+        psutil.wait_procs(left, timeout=1)
     return []
 
 
@@ -123,16 +119,15 @@ def rank_process(folder: str | Path) -> Iterator[None]:
     path = Path(folder) / "log" / f"{name}.json"
     record = {"pid": os.getpid(), "started": now()}
 
-    def leave(exit_code: int, error: str | None) -> None:
+    def leave(exit_code: int, error: str | None, tries: int = 10) -> None:
         text = json.dumps(record | {"ended": now(), "exit_code": exit_code, "error": error}, ensure_ascii=False)
-        for _ in range(10):
-            try:
-                return atomic_write(path, text)
-            except OSError as err:
-                if err.errno not in FULL:
-                    raise
-                time.sleep(0.2)  # another rank is about to remove what it could not write whole
-        atomic_write(path, text)
+        try:
+            atomic_write(path, text)
+        except OSError as err:
+            if err.errno not in FULL or not tries:
+                raise
+            time.sleep(0.2)  # another rank is about to remove what it could not write whole
+            leave(exit_code, error, tries - 1)
 
     faulthandler.register(STACKS_SIGNAL, file=sys.__stderr__)
     atomic_write(path, json.dumps(record))

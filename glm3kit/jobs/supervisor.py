@@ -27,7 +27,7 @@ from glm3kit.jobs.process import JOB_VARIABLE, STACKS_SIGNAL, Watch, end_process
 
 POLL_S = 0.2
 GRACE_S = 3  # for a rank that failed to print its traceback, for a rank's own words where the scheduler failed
-TEARDOWN_S = 30  # for ranks that are done with their work to leave the cluster, and for the scheduler to see it
+TEARDOWN_S = 30  # for a rank that is done with its work to leave the cluster
 SIGN_OF_LIFE_S = 10  # between two touches of job.json, for readers on other machines
 LOG_LINES = 20
 
@@ -36,10 +36,7 @@ def describe_exit(code: int) -> str:
     """What an exit code says about the end of a rank."""
     if code >= 0:
         return f"ended with exit code {code} before its work was done"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = "unknown"
+    name = next((known.name for known in signal.Signals if known == -code), "unknown")
     hint = "; the system does that when memory runs out" if -code == signal.SIGKILL else ""
     return f"was killed by signal {-code} ({name}{hint})"
 
@@ -67,15 +64,16 @@ class Supervisor:
         }
 
     def write(self, **changes: object) -> None:
-        """Write job.json if anything is new in it."""
+        """Write job.json if anything is new in it; touch it as a sign of life, which needs no room on the disk."""
         self.state |= changes
         text = json.dumps(self.state, indent=2, ensure_ascii=False) + "\n"
         if text != self.written:
             atomic_write(self.folder / "job.json", text)
-            self.written, self.touched = text, time.monotonic()
         elif time.monotonic() - self.touched > SIGN_OF_LIFE_S:
             os.utime(self.folder / "job.json")
-            self.touched = time.monotonic()
+        else:
+            return
+        self.written, self.touched = text, time.monotonic()
 
     def start(self) -> None:
         """Start what the launch plan has for this machine."""
@@ -83,9 +81,10 @@ class Supervisor:
         for name, variables in process_variables(self.plan).items():
             environment = os.environ | {JOB_VARIABLE: str(self.folder)} | variables
             with (log_folder / f"{name}.log").open("wb") as output:
-                # MindSpore leaves rank_N/ and kernel_meta/ in the working folder
+                # In the log folder: MindSpore leaves rank_N/ and kernel_meta/ where it works. In sessions of their own:
+                # Linux shares a busy machine out by sessions (sched_autogroup), and in one the ranks got a third of it.
                 child = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                         env=environment, cwd=log_folder)
+                                         env=environment, cwd=log_folder, start_new_session=True)
             self.children[name] = child
             self.state["processes"][name] = process_mark(child.pid)
 
@@ -149,8 +148,10 @@ class Supervisor:
         try:
             self.start()
             state, reason = self.watch()
+            # A scheduler waits for the ranks of other machines, too; where there are none it is done with ours.
+            leaving = [self.children[name] for name in (self.names if self.plan.nodes == 1 else self.children)]
             deadline = time.monotonic() + (TEARDOWN_S if state == "succeeded" else 0)
-            while time.monotonic() < deadline and any(child.poll() is None for child in self.children.values()):
+            while time.monotonic() < deadline and any(child.poll() is None for child in leaving):
                 time.sleep(POLL_S)
         except Exception:  # nobody else would hear of it: this process has no parent
             state, reason = "failed", f"the supervisor itself failed:\n{traceback.format_exc()}"

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import subprocess
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -121,7 +122,7 @@ STEPS = [{"step": step, "loss": 8 / step, "learning_rate": 1e-5, "tokens_per_sec
 
 
 def written(path, records):
-    with MetricsWriter(path) as metrics:
+    with closing(MetricsWriter(path)) as metrics:
         for record in records:
             metrics.write(record)
     return path
