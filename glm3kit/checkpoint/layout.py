@@ -19,7 +19,7 @@ import numpy as np
 
 from glm3kit.errors import CheckpointError
 from glm3kit.weights.slices import Slicing
-from glm3kit.weights.tensors import PIECE, Tensors, TensorSpec, cut, release
+from glm3kit.weights.tensors import BLOCK, Tensors, TensorSpec, cut, release
 
 Region = tuple[slice, ...]
 Piece = tuple[tuple[int, ...], int]  # the number of a slice along each axis of its parameter, the number of a shard
@@ -233,10 +233,10 @@ def whole_tensors(ranks: Mapping[int, Tensors], layouts: Mapping[str, Layout], s
         if len(held) == 1:
             yield from cut(held[0])
         else:
-            step = max(1, PIECE * shape[0] // specs[name].nbytes)  # rows
+            step = max(1, BLOCK * shape[0] // specs[name].nbytes)  # rows
             for first in range(0, shape[0], step):
                 yield layouts[name].rows(shape, reader(name), first, min(first + step, shape[0])).reshape(-1)
         for array in held:
             release(array)
 
-    return Tensors(specs, read, pieces=lambda name: _ahead(blocks(name)))
+    return Tensors(specs, read, blocks=lambda name: _ahead(blocks(name)))

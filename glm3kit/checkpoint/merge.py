@@ -17,8 +17,10 @@ from glm3kit.errors import CheckpointError
 from glm3kit.weights.adapters import fold_adapters, is_adapter
 from glm3kit.weights.formats.ckpt import read_ckpt
 from glm3kit.weights.formats.safetensors import read_safetensors
-from glm3kit.weights.read import TRAINING_STATE, read_weights, write_weights
+from glm3kit.weights.names import TRAINING_STATE
+from glm3kit.weights.read import read_weights
 from glm3kit.weights.tensors import Tensors
+from glm3kit.weights.write import write_weights
 
 READERS = {".safetensors": read_safetensors, ".ckpt": read_ckpt}
 

@@ -23,18 +23,12 @@ from glm3kit.config.groups import ModelConfig, load_config, read_published
 from glm3kit.errors import CheckpointError
 from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 from glm3kit.weights.hf_glm import PUBLISHED_STOP_IDS, chatglm_config, glm_config, tokenizer_files
+from glm3kit.weights.hub_files import READERS
 from glm3kit.weights.manifest import MANIFEST, read_manifest, sha256
 from glm3kit.weights.names import fused_rows, glm_names, parameter_shapes
-from glm3kit.weights.read import (
-    READERS,
-    Weights,
-    destination_faults,
-    published_tensors,
-    read_weights,
-    shape_faults,
-    write_weights,
-)
+from glm3kit.weights.read import Weights, read_weights, shape_faults
 from glm3kit.weights.tensors import FLOATS, Tensors, TensorSpec, cast_tensors
+from glm3kit.weights.write import destination_faults, published_tensors, write_weights
 
 FORMS = ("mindspore", "hf", "hf-glm")
 CASTS = ("keep", "float16", "bfloat16", "float32")

@@ -16,8 +16,8 @@ from glm3kit.files import atomic_write
 from glm3kit.weights.formats.safetensors import write_safetensors
 from glm3kit.weights.hub_files import index_name, index_text
 from glm3kit.weights.names import parameter_shapes
-from glm3kit.weights.read import published_tensors
 from glm3kit.weights.tensors import Tensors, TensorSpec, cast
+from glm3kit.weights.write import published_tensors
 
 HUB_INDEX = index_name(".safetensors")
 

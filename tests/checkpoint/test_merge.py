@@ -61,12 +61,12 @@ def test_merged_weights_may_be_a_folder_of_files_up_to_a_size(sharded, tmp_path)
 
 
 def test_pieces_that_are_written_are_the_whole_bit_by_bit(sharded, monkeypatch):
-    monkeypatch.setattr("glm3kit.checkpoint.layout.PIECE", 96)  # bytes: a row or two
+    monkeypatch.setattr("glm3kit.checkpoint.layout.BLOCK", 96)  # bytes: a row or two
     merged = merged_tensors(sharded)
     for parameter in WEIGHTS:
-        pieces = list(merged.pieces(parameter))
+        pieces = list(merged.blocks(parameter))
         np.testing.assert_array_equal(np.concatenate(pieces), WEIGHTS[parameter].reshape(-1), parameter)
-    assert len(list(merged.pieces("transformer.output_layer.weight"))) == 64
+    assert len(list(merged.blocks("transformer.output_layer.weight"))) == 64
 
 
 def test_a_checkpoint_and_a_folder_of_shards_merge_like_their_job(sharded):

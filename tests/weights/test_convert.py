@@ -19,10 +19,11 @@ from glm3kit.weights.convert import convert_weights, verify_weights
 from glm3kit.weights.formats.ckpt import write_ckpt
 from glm3kit.weights.formats.safetensors import write_safetensors
 from glm3kit.weights.hub_files import cut_into_shards, parse_size
-from glm3kit.weights.names import glm_names, hf_name, parameter_shapes, place
+from glm3kit.weights.names import glm_names, hf_name, parameter_shapes, part_of
 from glm3kit.weights.random import write_random_hub_weights
-from glm3kit.weights.read import read_weights, write_weights
+from glm3kit.weights.read import read_weights
 from glm3kit.weights.tensors import Tensors, TensorSpec, cast
+from glm3kit.weights.write import write_weights
 
 ATTENTION = "transformer.encoder.layers.1.self_attention."
 MLP = "transformer.encoder.layers.1.mlp."
@@ -178,7 +179,7 @@ def test_mindformers_later_names_read_as_the_golden_weights(later, published, tm
     weights = read_weights(tmp_path)
     assert_golden(weights, published)
     for name in weights:
-        np.testing.assert_array_equal(np.concatenate(list(weights.pieces(name))), weights[name].reshape(-1))
+        np.testing.assert_array_equal(np.concatenate(list(weights.blocks(name))), weights[name].reshape(-1))
 
 
 def test_a_part_that_is_missing_or_does_not_fit_is_named(later, tmp_path):
@@ -207,8 +208,8 @@ def test_a_whole_beside_its_parts_is_refused(later, tmp_path):
 def test_names_of_every_form_lead_back_to_one():
     for name in parameter_shapes(ModelConfig()):
         parts = glm_names(name)
-        assert [place(part) for part in parts] == [(name, index, len(parts)) for index in range(len(parts))]
-        assert place(hf_name(name)) == place(name) == (name, 0, 1)
+        assert [part_of(part) for part in parts] == [(name, index, len(parts)) for index in range(len(parts))]
+        assert part_of(hf_name(name)) == part_of(name) == (name, 0, 1)
 
 
 # Types

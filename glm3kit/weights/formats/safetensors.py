@@ -10,6 +10,7 @@ import json
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -23,23 +24,49 @@ NAMES = {code: name for name, code in CODES.items()}
 MAX_HEADER = 100_000_000  # bytes; the limit of the original reader
 
 
-def _spec(path: Path, name: str, entry: object) -> tuple[TensorSpec, int, int]:
-    """Check one entry of the header: type and shape, first and last byte."""
+def _spec(name: str, entry: object) -> tuple[TensorSpec, int, int]:
+    """An entry of the header: type and shape, first byte of the content, byte after the last; ValueError for none."""
     try:
         code, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers_fit = all(type(number) is int and number >= 0 for number in (*shape, start, end))
     except (TypeError, KeyError, ValueError):
         numbers_fit = False
     if not numbers_fit:
-        raise CheckpointError(f"{path}: tensor '{name}': the header says {entry!r}, expected dtype, shape and "
-                              "data_offsets; the file is damaged, get it again")
+        raise ValueError(f"tensor '{name}': the header says {entry!r}, expected dtype, shape and data_offsets")
     if code not in NAMES:
-        raise CheckpointError(f"{path}: tensor '{name}' has type {code!r}; read are {', '.join(NAMES)}")
+        raise ValueError(f"tensor '{name}' has type {code!r}; read are {', '.join(NAMES)}")
     spec = TensorSpec(NAMES[code], tuple(shape))
     if end - start != spec.nbytes:
-        raise CheckpointError(f"{path}: tensor '{name}' of type {code} and shape {list(shape)} needs {spec.nbytes} "
-                              f"bytes, its place in the file has {end - start}; the file is damaged, get it again")
+        raise ValueError(f"tensor '{name}' of type {code} and shape {list(shape)} needs {spec.nbytes} bytes, its place "
+                         f"in the file has {end - start}")
     return spec, start, end
+
+
+def _header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
+    """The content of the header and the byte after it."""
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, MAX_HEADER):
+        raise ValueError(f"{size} bytes, the first 8 of which say that a header of {length} bytes follows")
+    try:
+        header = json.loads(file.read(length))
+    except (ValueError, RecursionError) as err:
+        raise ValueError(f"its header is no JSON ({err})") from err
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
+        raise ValueError(f"its header begins {str(header)[:60]!r}, expected names and places of tensors")
+    return header, 8 + length
+
+
+def _places(header: Mapping[str, Any], begin: int, size: int) -> dict[str, tuple[TensorSpec, int]]:
+    """Type and shape of every tensor, and its first byte: one after the other, they fill the file."""
+    places, position = {}, begin
+    entries = [(name, *_spec(name, entry)) for name, entry in header.items()]
+    for name, spec, start, end in sorted(entries, key=lambda entry: entry[2:]):
+        if begin + start != position:
+            raise ValueError(f"tensor '{name}' starts at byte {start}, the one before it ends at {position - begin}")
+        places[name], position = (spec, position), begin + end
+    if position != size:
+        raise ValueError(f"{size} bytes, its header describes {position}")
+    return places
 
 
 def read_safetensors(path: str | Path) -> Tensors:
@@ -51,40 +78,22 @@ def read_safetensors(path: str | Path) -> Tensors:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
             size = path.stat().st_size
-            if size < 8 or length > min(size - 8, MAX_HEADER):
-                raise CheckpointError(f"{path}: {size} bytes, the first 8 of which say that a header of {length} bytes "
-                                      "follows; the file is cut off or no safetensors file, get it again")
-            header = json.loads(file.read(length))
+            header, begin = _header(file, size)
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        metadata = header.pop("__metadata__", {})
+        places = _places(header, begin, size)
     except OSError as err:
         raise CheckpointError(f"{path}: cannot be read: {err.strerror}") from err
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as err:
-        raise CheckpointError(f"{path}: its header is no JSON ({err}); the file is damaged, get it again") from err
-    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
-    if not isinstance(metadata, dict):
-        raise CheckpointError(f"{path}: its header begins {str(header)[:60]!r}, expected names and places of tensors; "
-                              "the file is damaged, get it again")
-
-    begin, position = 8 + length, 0
-    specs, places = {}, {}
-    entries = [(name, *_spec(path, name, entry)) for name, entry in header.items()]
-    for name, spec, start, end in sorted(entries, key=lambda entry: entry[2:]):
-        if start != position:
-            raise CheckpointError(f"{path}: tensor '{name}' starts at byte {start}, the one before it ends at "
-                                  f"{position}; the file is damaged, get it again")
-        specs[name], places[name], position = spec, begin + start, end
-    if begin + position != size:
-        raise CheckpointError(f"{path}: {size} bytes, its header describes {begin + position}; "
-                              "the file is cut off or damaged, get it again")
+    except ValueError as err:
+        raise CheckpointError(f"{path}: {err}; the file is damaged, cut off or no safetensors file, get it again"
+                              ) from err
 
     def read(name: str) -> np.ndarray:
-        return np.ndarray(specs[name].shape, DTYPES[specs[name].dtype], mapped, places[name])
+        spec, first = places[name]
+        return np.ndarray(spec.shape, DTYPES[spec.dtype], mapped, first)
 
-    return Tensors(specs, read, metadata)
+    return Tensors({name: spec for name, (spec, _) in places.items()}, read, metadata)
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray],
@@ -109,6 +118,6 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray],
     with atomic_path(path) as temporary, StreamedFile(temporary) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            for piece in tensors.pieces(name):
-                file.write(raw_bytes(piece))
+            for block in tensors.blocks(name):
+                file.write(raw_bytes(block))
         assert file.tell() == 8 + len(text) + position, "every tensor has the bytes that its spec says"
