@@ -15,16 +15,16 @@ import math
 import re
 import zlib
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from glm3kit.config.groups import ModelConfig
 from glm3kit.errors import DataError
-
-if TYPE_CHECKING:
-    from glm3kit.config.groups import ModelConfig
+from glm3kit.weights.names import EMBEDDING, parameter_shapes
 
 METRICS_FILE = "metrics.jsonl"
 NUMBER = r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|nan|inf)"
@@ -40,16 +40,16 @@ FIELDS = {
 OVERFLOW = re.compile(r"\boverflow cond:\s*(True|False)")
 
 
-def flops_per_token(model: "ModelConfig", seq_length: int, lora: bool = False) -> float:
+def flops_per_token(model: ModelConfig, seq_length: int, lora: bool = False) -> float:
     """Floating-point operations that training needs a token: 6 a weight and 12 a layer, head dimension and position.
 
     As PaLM counts them (https://arxiv.org/abs/2204.02311, appendix B): no embedding look-up, recomputation not counted.
     lora: the gradients of the frozen weights, a third of the first, are not needed.
     """
-    heads, keys = (n * model.kv_channels for n in (model.num_attention_heads, model.multi_query_group_num))
-    layer = model.hidden_size * (2 * heads + 2 * keys + 3 * model.ffn_hidden_size)
-    weights = model.num_layers * layer + model.hidden_size * model.padded_vocab_size
-    return (4 if lora else 6) * weights + 12 * model.num_layers * heads * seq_length
+    matrices = sum(prod(shape) for name, shape in parameter_shapes(model).items()
+                   if name != EMBEDDING and len(shape) == 2)
+    attention = model.num_layers * model.num_attention_heads * model.kv_channels * seq_length
+    return (4 if lora else 6) * matrices + 12 * attention
 
 
 def format_step_line(record: Mapping[str, Any], epochs: int, steps_per_epoch: int) -> str:

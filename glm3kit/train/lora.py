@@ -62,7 +62,7 @@ def add_adapters(net: ChatGLM3, lora: LoraConfig, seed: int = 0) -> None:
         rng = np.random.default_rng([seed, place])
         a = rng.uniform(-1, 1, (lora.rank, whole_in)).astype(np.float32) / np.float32(sqrt(whole_in))
         if cut:
-            a = cut.part(a, topology.tensor_rank, topology.tensor_parallel)
+            a = cut.slice_of(a, topology.tensor_rank, topology.tensor_parallel)
         b = np.zeros((out_size, lora.rank), np.float32)
         parameters = [Parameter(Tensor(a)), Parameter(Tensor(b)),
                       Parameter(Tensor(np.float32(lora.alpha)), requires_grad=False)]

@@ -21,7 +21,6 @@ from glm3kit.weights.manifest import Checksums, is_written_folder, manifest_entr
 from glm3kit.weights.names import EMBEDDING, INV_FREQ, hf_name
 from glm3kit.weights.tensors import Tensors, TensorSpec, cast
 
-HUB_INDEX = index_name(".safetensors")
 ROOM = 10_000_000  # bytes beside the tensors: headers, index, manifest, tokenizer
 
 

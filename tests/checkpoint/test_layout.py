@@ -26,8 +26,8 @@ def files(layout, pieces):
 def test_slices_of_fused_weights_hold_whole_heads_of_each_part():
     cut = Slicing(0, (4, 2, 2))  # q of 4 rows, k and v of 2
     rows = np.array([["q0"], ["q1"], ["q2"], ["q3"], ["k0"], ["k1"], ["v0"], ["v1"]])
-    assert cut.part(rows, 0, 2).ravel().tolist() == ["q0", "q1", "k0", "v0"]
-    assert cut.part(rows, 1, 2).ravel().tolist() == ["q2", "q3", "k1", "v1"]
+    assert cut.slice_of(rows, 0, 2).ravel().tolist() == ["q0", "q1", "k0", "v0"]
+    assert cut.slice_of(rows, 1, 2).ravel().tolist() == ["q2", "q3", "k1", "v1"]
 
 
 def test_with_more_ranks_than_groups_each_group_is_held_several_times():
@@ -45,7 +45,7 @@ def test_slices_put_together_are_the_whole(ranks):
                      segments=cut.segments, unit=cut.unit) if (cut := slicing(name, CFG)) else Layout((4,), ((),))
         for name, shape in parameter_shapes(CFG).items()}
     weights = random_weights(CFG, seed=1)
-    held = {rank: Tensors.of({name: cut.part(weights[name], rank, ranks) if (cut := slicing(name, CFG))
+    held = {rank: Tensors.of({name: cut.slice_of(weights[name], rank, ranks) if (cut := slicing(name, CFG))
                               else weights[name] for name in weights}) for rank in range(ranks)}
     whole = whole_tensors(held, layouts, "here")
     assert list(whole.specs.items()) == list(weights.specs.items())

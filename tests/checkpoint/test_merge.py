@@ -36,7 +36,7 @@ def sharded(tmp_path):
         parts = {}
         for name in WEIGHTS:
             cut = slicing(name, TINY)
-            parts[name] = cut.part(WEIGHTS[name], rank, 2) if cut else WEIGHTS[name]
+            parts[name] = cut.slice_of(WEIGHTS[name], rank, 2) if cut else WEIGHTS[name]
         write_safetensors(folder / f"rank_{rank}.safetensors", parts)
     (folder.parent / "complete.json").write_text("{}")
     write_strategy(job / "strategy" / "strategy.json", weight_layouts(ChatGLM3(TINY), Topology(0, 1, 2)))
