@@ -15,21 +15,19 @@ from glm3kit.checkpoint.strategy import read_strategy
 from glm3kit.config.groups import load_config
 from glm3kit.errors import CheckpointError
 from glm3kit.weights.adapters import fold_adapters, is_adapter
-from glm3kit.weights.formats.ckpt import read_ckpt
 from glm3kit.weights.formats.safetensors import read_safetensors
+from glm3kit.weights.hub_files import MINDSPORE_FORMS, READERS
 from glm3kit.weights.names import TRAINING_STATE
 from glm3kit.weights.read import read_weights
 from glm3kit.weights.tensors import Tensors
 from glm3kit.weights.write import write_weights
-
-READERS = {".safetensors": read_safetensors, ".ckpt": read_ckpt}
 
 
 def _by_step(folder: Path) -> dict[tuple[int, int], Path]:
     """The checkpoints in the folder of a rank, by the (epoch, step) that their names end with: `glm3-1_200.ckpt`."""
     found = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix in READERS:
+        if path.suffix in MINDSPORE_FORMS:
             stated = re.search(r"-(\d+)_(\d+)$", path.stem)
             key = (int(stated[1]), int(stated[2])) if stated else (0, 0)
             if key in found:
@@ -46,7 +44,7 @@ def rank_files(folder: Path) -> dict[int, Path]:
     """
     files, folders = {}, {}
     for path in folder.glob("rank_*"):
-        if re.fullmatch(r"rank_\d+", path.stem) and path.suffix in READERS:
+        if re.fullmatch(r"rank_\d+", path.stem) and path.suffix in MINDSPORE_FORMS:
             files[int(path.stem[5:])] = path
         elif re.fullmatch(r"rank_\d+", path.name) and path.is_dir() and (found := _by_step(path)):
             folders[int(path.name[5:])] = found
@@ -87,8 +85,7 @@ def merged_tensors(source: str | Path, strategy: str | Path | None = None) -> Te
     ranks = {}
     for rank, path in sorted(rank_files(folder).items()):
         opened = READERS[path.suffix](path)
-        specs = {name: spec for name, spec in opened.specs.items() if not TRAINING_STATE.fullmatch(name)}
-        ranks[rank] = Tensors(specs, opened.__getitem__)
+        ranks[rank] = opened.select(name for name in opened if not TRAINING_STATE.fullmatch(name))
     described = sum({layout.stage: layout.ranks for layout in layouts.values()}.values())
     if max(ranks) >= described:
         raise CheckpointError(f"{folder}: the strategy file is of another run: it describes {described} ranks, there "
@@ -99,6 +96,20 @@ def merged_tensors(source: str | Path, strategy: str | Path | None = None) -> Te
         raise CheckpointError(f"{folder}: the strategy file is of another run: {len(lost)} of its parameters are in no "
                               f"shard: {lost[:3]}")
     return whole
+
+
+def read_adapters(path: str | Path) -> Tensors:
+    """The adapters of a .safetensors file, a job (its newest checkpoint) or a checkpoint, without weights beside them.
+
+    Raises CheckpointError where there are none.
+    """
+    path = Path(path)
+    stored = merged_tensors(path) if path.is_dir() else read_safetensors(path)
+    adapters = stored.select(filter(is_adapter, stored))
+    if not adapters:
+        raise CheckpointError(f"{path}: holds no adapters (lora_a, lora_b, lora_alpha), but "
+                              f"{', '.join(list(stored)[:3])}; name plain weights as checkpoint_name_or_path")
+    return adapters
 
 
 def _base_weights(source: Path) -> Path:
@@ -133,20 +144,3 @@ def merge(source: str | Path, destination: str | Path, strategy: str | Path | No
         tensors = fold_adapters(tensors, origin=str(source))
     return write_weights(destination, tensors, max_shard_size=max_shard_size, about={"source": str(source)},
                          force=force, progress=progress)
-
-
-def read_adapters(path: str | Path) -> Tensors:
-    """The adapters of a .safetensors file, a job (its newest checkpoint) or a checkpoint, without weights beside them.
-
-    Raises CheckpointError where there are none.
-    """
-    path = Path(path)
-    if path.is_dir():
-        stored = merged_tensors(path)
-    else:
-        stored = read_safetensors(path)
-    specs = {name: spec for name, spec in stored.specs.items() if is_adapter(name)}
-    if not specs:
-        raise CheckpointError(f"{path}: holds no adapters (lora_a, lora_b, lora_alpha), but "
-                              f"{', '.join(list(stored)[:3])}; name plain weights as checkpoint_name_or_path")
-    return Tensors(specs, stored.__getitem__)
