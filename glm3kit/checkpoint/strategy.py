@@ -22,8 +22,8 @@ from glm3kit.files import atomic_write
 from glm3kit.weights.formats.protobuf import Damaged, fields, varint
 
 
-def write_strategy(path: str | Path, layouts: Mapping[str, Layout]) -> None:
-    """Write the layouts of one stage as a strategy file in MindSpore's JSON form."""
+def write_strategy(path: str | Path, layouts: Mapping[str, Layout]) -> Path:
+    """Write the layouts of one stage as a strategy file in MindSpore's JSON form; returns the path."""
     items = {}
     for name, layout in layouts.items():
         items[name] = {
@@ -37,6 +37,7 @@ def write_strategy(path: str | Path, layouts: Mapping[str, Layout]) -> None:
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(item)}" for name, item in items.items())
     atomic_write(path, f'{{"current_stage": 0, "parallel_strategy_item": {json.dumps(operators)},\n'
                        f'"parallel_layout_item": {{\n{lines}\n}}}}\n')
+    return Path(path)
 
 
 def _layout(item: Mapping[str, Any], stage: int) -> Layout:

@@ -85,8 +85,7 @@ def save_adapters(net: ChatGLM3, path: str | Path) -> Path:
     adapters = {name: p.asnumpy() for name, p in net.parameters_dict().items() if is_adapter(name)}
     if not adapters:
         raise ConfigError("save_adapters: the model has no adapters; train with TrainConfig(lora=LoraConfig(...))")
-    write_safetensors(Path(path), adapters, {"format": "ms"})
-    return Path(path)
+    return write_safetensors(path, adapters, {"format": "ms"})
 
 
 def merge_adapters(net: ChatGLM3) -> None:

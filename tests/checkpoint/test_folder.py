@@ -14,8 +14,8 @@ from glm3kit.config.groups import ModelConfig, TrainConfig
 from glm3kit.errors import CheckpointError
 from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.parallel import ALONE
-from glm3kit.train.run import Trainer, run_steps
 from glm3kit.train.saving import load_checkpoint, save_checkpoint, usable_checkpoint
+from glm3kit.train.trainer import Trainer, run_steps
 from glm3kit.weights.formats.safetensors import read_safetensors
 from glm3kit.weights.random import random_weights
 

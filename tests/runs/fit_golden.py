@@ -17,8 +17,8 @@ from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.model.load import load_weights
 from glm3kit.parallel import Topology, start_processes
 from glm3kit.train.lora import add_adapters
-from glm3kit.train.run import Trainer, run_steps
 from glm3kit.train.saving import save_checkpoint
+from glm3kit.train.trainer import Trainer, run_steps
 
 
 def next_token_labels(input_ids: np.ndarray) -> np.ndarray:

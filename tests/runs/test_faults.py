@@ -37,7 +37,8 @@ RAISING = '''
 import sys
 from glm3kit.config.groups import load_config
 from glm3kit.jobs.job import rank_process
-from glm3kit.train.run import Trainer, run_rank
+from glm3kit.train.run import run_rank
+from glm3kit.train.trainer import Trainer
 
 advance, steps = Trainer.advance, []
 

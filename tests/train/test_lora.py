@@ -14,8 +14,8 @@ from glm3kit.model.held_out import HeldOutLoss
 from glm3kit.model.load import load_weights
 from glm3kit.parallel import ALONE
 from glm3kit.train.lora import add_adapters, merge_adapters, save_adapters
-from glm3kit.train.run import Trainer, fit
 from glm3kit.train.saving import load_checkpoint, save_checkpoint
+from glm3kit.train.trainer import Trainer, fit
 from glm3kit.weights.adapters import fold_adapters
 from glm3kit.weights.formats.safetensors import read_safetensors
 from glm3kit.weights.names import parameter_shapes

@@ -14,8 +14,8 @@ from glm3kit.model.held_out import HeldOutLoss
 from glm3kit.model.load import load_weights
 from glm3kit.parallel import ALONE
 from glm3kit.train.optimizer import LossScale, bias_corrected, decays, learning_rate
-from glm3kit.train.run import Trainer, fit
 from glm3kit.train.step import Totals
+from glm3kit.train.trainer import Trainer, fit
 from glm3kit.weights.names import parameter_shapes
 
 

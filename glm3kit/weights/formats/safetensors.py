@@ -97,10 +97,10 @@ def read_safetensors(path: str | Path) -> Tensors:
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray],
-                      metadata: Mapping[str, str] | None = None) -> None:
+                      metadata: Mapping[str, str] | None = None) -> Path:
     """Write tensors to a .safetensors file, whole or not at all; lazy `Tensors` are read one at a time.
 
-    metadata: text for the header, such as {"format": "ms"}.
+    metadata: text for the header, such as {"format": "ms"}. Returns the path.
     Example: write_safetensors("model.safetensors", {"a.weight": np.zeros((2, 3), np.float16)})
     """
     tensors = Tensors.of(tensors)
@@ -121,3 +121,4 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray],
             for block in tensors.blocks(name):
                 file.write(raw_bytes(block))
         assert file.tell() == 8 + len(text) + position, "every tensor has the bytes that its spec says"
+    return Path(path)
