@@ -113,31 +113,32 @@ class Layout:
         if len(shape) < len(counts):
             raise ValueError(f"slices {list(shape)} have fewer axes than their layout, {len(counts)}")
         whole = [length * count for length, count in zip_longest(shape, counts, fillvalue=1)]
-        if self.segments and (axis := self._cut_axis()) is not None:
+        if (axis := self._cut_axis()) is not None:
             whole[axis] = sum(self.segments)
             if shape[axis] != sum(end - first for first, end in self._ranges(axis, 0)):
                 raise ValueError(f"slices {list(shape)} do not make {whole[axis]} along axis {axis}")
         return tuple(whole)
 
     def _cut_axis(self) -> int | None:
-        return next((axis for axis, count in enumerate(self.counts()) if count > 1), None)
+        """The axis that is cut in segments, None if none is."""
+        return next((axis for axis, count in enumerate(self.counts()) if count > 1 and self.segments), None)
 
     def _ranges(self, axis: int, index: int) -> list[tuple[int, int]]:
         return Slicing(axis, self.segments, self.unit).ranges(index, self.counts()[axis])
 
     def _regions(self, indices: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[tuple[Region, Region]]:
         """Where a slice of that shape goes, a segment at a time: (region of the slice, region of the whole)."""
-        source = tuple(slice(0, length) for length in shape)
-        target = tuple(slice(index * length, (index + 1) * length)
-                       for index, length in zip_longest(indices, shape, fillvalue=0))
-        axis = self._cut_axis() if self.segments else None
+        source = [slice(0, length) for length in shape]
+        target = [slice(index * length, (index + 1) * length)
+                  for index, length in zip_longest(indices, shape, fillvalue=0)]
+        axis = self._cut_axis()
         if axis is None:
-            yield source, target
+            yield tuple(source), tuple(target)
             return
         position = 0
         for first, end in self._ranges(axis, indices[axis]):
-            yield ((*source[:axis], slice(position, position + end - first), *source[axis + 1:]),
-                   (*target[:axis], slice(first, end), *target[axis + 1:]))
+            source[axis], target[axis] = slice(position, position + end - first), slice(first, end)
+            yield tuple(source), tuple(target)
             position += end - first
 
     def _held(self, read: Callable[[Share], np.ndarray]) -> Iterator[tuple[int, Region, np.ndarray]]:
@@ -170,7 +171,7 @@ class Layout:
 
     def whole(self, shape: tuple[int, ...], read: Callable[[Share], np.ndarray]) -> np.ndarray:
         """The parameter of that shape from its shares; the share itself where it is the only one."""
-        if self._cut_axis() is None and self.shards == 1:
+        if prod(self.counts()) == self.shards == 1:
             return read(((0,) * len(self.axes), 0))
         return self.rows(shape, read, 0, shape[0])
 

@@ -139,7 +139,7 @@ def _read_file(path: Path) -> dict[str, Layout]:
     except OSError as err:
         raise CheckpointError(f"{path}: cannot be read ({err.strerror}); name the strategy file of the run that wrote "
                               "the checkpoint") from err
-    except (Damaged, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as err:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as err:
         raise CheckpointError(f"{path}: no strategy file of MindSpore's ({err!r}); name the strategy file of the run "
                               "that wrote the checkpoint") from err
 

@@ -1,8 +1,6 @@
 """LoRA: small adapters are trained beside frozen matrices, saved alone, and folded into them.
 
-Beside a matrix W (out, in) stand `lora_a` (rank, in), `lora_b` (out, rank) and `lora_alpha` (); the three say all there
-is to know: W' = W + lora_alpha / rank * lora_b @ lora_a (https://arxiv.org/abs/2106.09685). So no setting can be
-forgotten when a checkpoint is merged.
+What an adapter consists of, and adds to its matrix: weights/adapters.py (https://arxiv.org/abs/2106.09685).
 
     history = fit(net, batches, TrainConfig(lora=LoraConfig(rank=8))); save_adapters(net, "adapters.safetensors")
 """

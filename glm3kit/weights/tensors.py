@@ -11,10 +11,13 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
+from pathlib import Path
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from glm3kit.errors import CheckpointError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # Through `str`, which leaves a byte order that is the machine's unsaid: MindSpore 2.7 takes no array that says it.
@@ -84,6 +87,17 @@ class Tensors(Mapping[str, np.ndarray]):
     def select(self, names: Iterable[str]) -> "Tensors":
         """Some of the tensors, in this order."""
         return Tensors({name: self.specs[name] for name in names}, self._read, self.metadata, self._blocks)
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """The bytes of a file, read when they are looked at; raises CheckpointError, or ValueError for an empty file."""
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as err:
+        raise CheckpointError(f"{path}: cannot be read: {err.strerror}") from err
+    except ValueError as err:  # mmap's
+        raise ValueError("it is empty, 0 bytes") from err
 
 
 def release(array: np.ndarray) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from glm3kit.errors import CheckpointError
 from glm3kit.files import StreamedFile, atomic_path
 from glm3kit.weights.formats.protobuf import BYTES, VARINT, Damaged, field_head, fields, varint
-from glm3kit.weights.tensors import DTYPES, Tensors, TensorSpec, cut, raw_bytes
+from glm3kit.weights.tensors import DTYPES, Tensors, TensorSpec, cut, map_file, raw_bytes
 
 TYPES = {"float64": "Float64", "float32": "Float32", "float16": "Float16", "bfloat16": "BFloat16", "int64": "Int64",
          "int32": "Int32", "int16": "Int16", "int8": "Int8", "uint64": "UInt64", "uint32": "UInt32",
@@ -24,13 +24,6 @@ TYPES = {"float64": "Float64", "float32": "Float32", "float16": "Float16", "bflo
 NAMES = {text: name for name, text in TYPES.items()}
 MESSAGE = 512 << 20  # bytes of content a message, MindSpore's own limit
 CRC_TAIL = 17  # bytes: "crc_num" and the number
-
-
-def _text(data: mmap.mmap, start: int, end: int) -> str:
-    try:
-        return data[start:end].decode("utf-8")
-    except UnicodeDecodeError as err:
-        raise Damaged(f"no text at byte {start}") from err
 
 
 def _tensor(data: mmap.mmap, start: int, end: int) -> tuple[str, tuple[int, ...], int, int]:
@@ -44,7 +37,7 @@ def _tensor(data: mmap.mmap, start: int, end: int) -> tuple[str, tuple[int, ...]
         elif field == 1:
             dims.append(first)
         elif field == 2:
-            dtype = _text(data, first, last)
+            dtype = data[first:last].decode("utf-8")
         elif field == 3:
             content = first, last
     if dtype is None or content is None:
@@ -60,7 +53,7 @@ def _values(data: mmap.mmap, end: int) -> Iterator[tuple[str, str, tuple[int, ..
         tag, tensor = None, None
         for inner, first, last in fields(data, start, stop):
             if inner == 1:
-                tag = _text(data, first, last)
+                tag = data[first:last].decode("utf-8")
             elif inner == 2:
                 tensor = _tensor(data, first, last)
         if tag is None or tensor is None:
@@ -78,11 +71,8 @@ def _directory(data: mmap.mmap) -> tuple[dict[str, TensorSpec], dict[str, list[t
     texts: dict[str, str] = {}
     last_tag = None
     for tag, dtype, dims, first, last in _values(data, end):
-        if dtype == "str":  # NumPy's text: 4 bytes a character
-            try:
-                texts[tag] = data[first:last].decode("utf-32-le")
-            except UnicodeDecodeError as err:
-                raise Damaged(f"no text at byte {first}") from err
+        if dtype == "str":
+            texts[tag] = data[first:last].decode("utf-32-le")  # NumPy's text: 4 bytes a character
         elif dtype not in NAMES:
             raise Damaged(f"'{tag}' has type {dtype!r}; read are {', '.join(NAMES)}")
         elif tag in specs and tag != last_tag:
@@ -110,14 +100,9 @@ def read_ckpt(path: str | Path) -> Tensors:
     """
     path = Path(path)
     try:
-        if not path.stat().st_size:
-            raise Damaged("it is empty")
-        with path.open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        data = map_file(path)
         specs, places, texts = _directory(data)
-    except OSError as err:
-        raise CheckpointError(f"{path}: cannot be read: {err.strerror}") from err
-    except Damaged as err:
+    except ValueError as err:
         raise CheckpointError(f"{path}: no MindSpore checkpoint, or a damaged or encrypted one: {err}; "
                               "get it again, or save it without encryption") from err
 

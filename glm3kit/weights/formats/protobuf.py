@@ -12,7 +12,7 @@ VARINT, BYTES = 0, 2  # wire types
 FIXED = {1: 8, 5: 4}  # those of fixed numbers, and their bytes
 
 
-class Damaged(Exception):
+class Damaged(ValueError):
     """The bytes are not what such a message has at this place."""
 
 

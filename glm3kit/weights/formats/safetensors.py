@@ -10,13 +10,13 @@ import json
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from glm3kit.errors import CheckpointError
 from glm3kit.files import StreamedFile, atomic_path
-from glm3kit.weights.tensors import DTYPES, Tensors, TensorSpec, raw_bytes
+from glm3kit.weights.tensors import DTYPES, Tensors, TensorSpec, map_file, raw_bytes
 
 CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
          "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL"}
@@ -42,13 +42,13 @@ def _spec(name: str, entry: object) -> tuple[TensorSpec, int, int]:
     return spec, start, end
 
 
-def _header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
+def _header(data: mmap.mmap) -> tuple[dict[str, Any], int]:
     """The content of the header and the byte after it."""
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(size - 8, MAX_HEADER):
-        raise ValueError(f"{size} bytes, the first 8 of which say that a header of {length} bytes follows")
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(len(data) - 8, MAX_HEADER):
+        raise ValueError(f"{len(data)} bytes, the first 8 of which say that a header of {length} bytes follows")
     try:
-        header = json.loads(file.read(length))
+        header = json.loads(data[8:8 + length])
     except (ValueError, RecursionError) as err:
         raise ValueError(f"its header is no JSON ({err})") from err
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
@@ -77,21 +77,17 @@ def read_safetensors(path: str | Path) -> Tensors:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            header, begin = _header(file, size)
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        data = map_file(path)
+        header, begin = _header(data)
         metadata = header.pop("__metadata__", {})
-        places = _places(header, begin, size)
-    except OSError as err:
-        raise CheckpointError(f"{path}: cannot be read: {err.strerror}") from err
+        places = _places(header, begin, len(data))
     except ValueError as err:
         raise CheckpointError(f"{path}: {err}; the file is damaged, cut off or no safetensors file, get it again"
                               ) from err
 
     def read(name: str) -> np.ndarray:
         spec, first = places[name]
-        return np.ndarray(spec.shape, DTYPES[spec.dtype], mapped, first)
+        return np.ndarray(spec.shape, DTYPES[spec.dtype], data, first)
 
     return Tensors({name: spec for name, (spec, _) in places.items()}, read, metadata)
 
