@@ -7,16 +7,14 @@ what, in the terms of MindSpore's strategy files (mindspore/parallel/_tensor.py)
     Layout(devices=(2, 2), axes=((0,), ()), shards=2).holders()    # four ranks hold four shares of a matrix
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product, zip_longest
 from math import prod
-from typing import TypeVar
 
 import numpy as np
 
+from glm3kit.data.batches import prefetch
 from glm3kit.errors import CheckpointError
 from glm3kit.weights.slices import Slicing
 from glm3kit.weights.tensors import BLOCK, Tensors, TensorSpec, cut, release
@@ -25,7 +23,6 @@ Region = tuple[slice, ...]
 Share = tuple[tuple[int, ...], int]  # the number of a slice along each axis of its parameter, and of the shard of it
 MAX_RANKS = 1 << 16
 AHEAD = 8  # blocks of a tensor that are read before they are asked for
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -176,15 +173,6 @@ class Layout:
         return self.rows(shape, read, 0, shape[0])
 
 
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, some of them made beside their use: reading goes on while a writer waits for its disk."""
-    with ThreadPoolExecutor(1, "ahead") as pool:
-        waiting = deque(pool.submit(next, items, None) for _ in range(AHEAD))
-        while (item := waiting.popleft().result()) is not None:
-            waiting.append(pool.submit(next, items, None))
-            yield item
-
-
 def _put_together(ranks: Mapping[int, Tensors], layouts: Mapping[str, Layout], specs: Mapping[str, TensorSpec],
                   readers: Mapping[str, Mapping[Share, int]]) -> Tensors:
     """Whole parameters from the files of ranks, `readers` says which rank's for each share."""
@@ -198,14 +186,17 @@ def _put_together(ranks: Mapping[int, Tensors], layouts: Mapping[str, Layout], s
         shape, held = specs[name].shape, [ranks[rank][name] for rank in readers[name].values()]
         if len(held) == 1:
             yield from cut(held[0])
-        else:
-            step = max(1, BLOCK * shape[0] // specs[name].nbytes)  # rows
-            for first in range(0, shape[0], step):
-                yield layouts[name].rows(shape, read_share(name), first, min(first + step, shape[0])).reshape(-1)
+            return
+        step = max(1, BLOCK * shape[0] // specs[name].nbytes)  # rows
+
+        def block(first: int) -> np.ndarray:
+            return layouts[name].rows(shape, read_share(name), first, min(first + step, shape[0])).reshape(-1)
+
+        yield from prefetch(block, range(0, shape[0], step), AHEAD)  # reading goes on while a writer waits for its disk
         for array in held:
             release(array)
 
-    return Tensors(specs, read, blocks=lambda name: _ahead(blocks(name)))
+    return Tensors(specs, read, blocks=blocks)
 
 
 def whole_tensors(ranks: Mapping[int, Tensors], layouts: Mapping[str, Layout], source: str) -> Tensors:

@@ -19,7 +19,7 @@ from typing import Any
 from glm3kit.checkpoint.layout import Layout
 from glm3kit.errors import CheckpointError
 from glm3kit.files import atomic_write
-from glm3kit.weights.formats.protobuf import Damaged, fields, varint
+from glm3kit.weights.formats.protobuf import Damaged, fields, varints
 
 
 def write_strategy(path: str | Path, layouts: Mapping[str, Layout]) -> Path:
@@ -78,11 +78,7 @@ def _dims(data: bytes, start: int, end: int) -> list[int]:
     for field, first, last in fields(data, start, end):
         if field != 1:
             raise Damaged(f"field {field} among numbers at byte {start}")
-        if not last:
-            dims.append(_signed(first))
-        while first < last:
-            number, first = varint(data, first, last)
-            dims.append(_signed(number))
+        dims += map(_signed, varints(data, first, last) if last else [first])
     return dims
 
 

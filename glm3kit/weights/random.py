@@ -14,7 +14,7 @@ from glm3kit.config.groups import ModelConfig
 from glm3kit.errors import CheckpointError
 from glm3kit.files import atomic_write
 from glm3kit.weights.formats.safetensors import write_safetensors
-from glm3kit.weights.hub_files import index_name, index_text
+from glm3kit.weights.hub_files import cut_into_shards, index_name, index_text
 from glm3kit.weights.names import parameter_shapes
 from glm3kit.weights.tensors import Tensors, TensorSpec, cast
 from glm3kit.weights.write import published_tensors
@@ -63,9 +63,8 @@ def write_random_hub_weights(cfg: ModelConfig, folder: str | Path, seed: int = 0
     (folder / HUB_INDEX).unlink(missing_ok=True)  # written last: where it is, the weights are whole
     tensors = published_tensors(random_weights(cfg, seed), cfg)
     ends = list(accumulate(spec.nbytes for spec in tensors.specs.values()))
-    first = [name for name, end in zip(tensors, ends, strict=True) if 2 * (end - tensors.specs[name].nbytes) < ends[-1]]
-    shards = {"model-00001-of-00002.safetensors": first,  # cut in the middle, counted in bytes
-              "model-00002-of-00002.safetensors": [name for name in tensors if name not in first]}
+    middle = next(end for end in ends if 2 * end >= ends[-1])  # bytes, of whole tensors
+    shards = cut_into_shards(tensors.specs, middle, ".safetensors")
     for file, names in shards.items():
         write_safetensors(folder / file, tensors.select(names), tensors.metadata)
     atomic_write(folder / "config.json", json.dumps(cfg.to_hf(), indent=2) + "\n")

@@ -15,7 +15,7 @@ import numpy as np
 
 from glm3kit.errors import CheckpointError
 from glm3kit.files import StreamedFile, atomic_path
-from glm3kit.weights.formats.protobuf import BYTES, VARINT, Damaged, field_head, fields, varint
+from glm3kit.weights.formats.protobuf import BYTES, VARINT, Damaged, field_head, fields, varints
 from glm3kit.weights.tensors import DTYPES, Tensors, TensorSpec, cut, map_file, raw_bytes
 
 TYPES = {"float64": "Float64", "float32": "Float32", "float16": "Float16", "bfloat16": "BFloat16", "int64": "Int64",
@@ -30,12 +30,8 @@ def _tensor(data: mmap.mmap, start: int, end: int) -> tuple[str, tuple[int, ...]
     """Read a TensorProto: (type, shape, first byte of the content, byte after the last)."""
     dims, dtype, content = [], None, None
     for field, first, last in fields(data, start, end):
-        if field == 1 and last:  # dims packed into one field
-            while first < last:
-                dim, first = varint(data, first, last)
-                dims.append(dim)
-        elif field == 1:
-            dims.append(first)
+        if field == 1:
+            dims += varints(data, first, last) if last else [first]
         elif field == 2:
             dtype = data[first:last].decode("utf-8")
         elif field == 3:

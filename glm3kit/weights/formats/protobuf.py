@@ -53,6 +53,15 @@ def fields(data: mmap | bytes, position: int, end: int) -> Iterator[tuple[int, i
         position = after
 
 
+def varints(data: mmap | bytes, position: int, end: int) -> list[int]:
+    """The numbers that are packed into one field."""
+    numbers = []
+    while position < end:
+        number, position = varint(data, position, end)
+        numbers.append(number)
+    return numbers
+
+
 def _number(value: int) -> bytes:
     """A number as protobuf writes it: 7 bits a byte, lowest first."""
     result = bytearray()

@@ -28,11 +28,10 @@ def _spec(name: str, entry: object) -> tuple[TensorSpec, int, int]:
     """An entry of the header: type and shape, first byte of the content, byte after the last; ValueError for none."""
     try:
         code, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        numbers_fit = all(type(number) is int and number >= 0 for number in (*shape, start, end))
-    except (TypeError, KeyError, ValueError):
-        numbers_fit = False
-    if not numbers_fit:
-        raise ValueError(f"tensor '{name}': the header says {entry!r}, expected dtype, shape and data_offsets")
+        if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+            raise ValueError("a number below zero, or none")
+    except (TypeError, KeyError, ValueError) as err:
+        raise ValueError(f"tensor '{name}': the header says {entry!r}, expected dtype, shape and data_offsets") from err
     if code not in NAMES:
         raise ValueError(f"tensor '{name}' has type {code!r}; read are {', '.join(NAMES)}")
     spec = TensorSpec(NAMES[code], tuple(shape))
