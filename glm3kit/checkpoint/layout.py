@@ -221,6 +221,8 @@ def whole_tensors(ranks: Mapping[int, Tensors], layouts: Mapping[str, Layout], s
             else:
                 readers[name][share] = rank
         found = [ranks[rank].specs[name] for rank in readers[name].values()]
+        if not found:
+            continue
         try:
             if any(spec != found[0] for spec in found):
                 raise ValueError(f"shares {[[spec.dtype, *spec.shape] for spec in found]} differ")

@@ -1,7 +1,7 @@
-"""Merging a sharded checkpoint into whole weights, a tensor at a time.
+"""Merging the slices of a checkpoint into whole weights, a tensor at a time.
 
-Shards are this kit's (`model/rank_R.safetensors`) or MindFormers' (`rank_R/NAME-epoch_step.ckpt` or `.safetensors`);
-how they are cut says the strategy file of their run.
+The files of ranks are this kit's (`model/rank_R.safetensors`) or MindFormers' (`rank_R/NAME-epoch_step.ckpt` or
+`.safetensors`); how they are cut says the strategy file of their run.
 
     merge("output/tiny", "output/tiny/merged.safetensors")
 """
@@ -57,7 +57,7 @@ def rank_files(folder: Path) -> dict[int, Path]:
     return {rank: found[max(common)] for rank, found in folders.items()}
 
 
-def _shard_folder(source: Path) -> Path:
+def _rank_folder(source: Path) -> Path:
     """The folder of rank files that a job, a checkpoint or such a folder itself names."""
     for folder in (source, source / "model", source / "checkpoint"):
         if rank_files(folder):
@@ -66,20 +66,20 @@ def _shard_folder(source: Path) -> Path:
 
 
 def _near_strategy(folder: Path) -> Path:
-    """The strategy file or folder beside or above the shards; where there is none, the first place looked at."""
+    """The strategy file or folder beside or above the files of ranks; where there is none, the first looked for."""
     near = [parent / name for parent in (folder, *folder.parents[:3]) for name in (STRATEGY, "strategy")]
     return next((path for path in near if path.exists()), near[0])
 
 
 def merged_tensors(source: str | Path, strategy: str | Path | None = None) -> Tensors:
-    """The whole weights of a sharded checkpoint, each put together when it is asked for.
+    """The whole weights of a checkpoint, each put together when it is asked for.
 
     source: a job folder (its newest checkpoint), a checkpoint folder, or a folder with a file or a folder a rank.
-    strategy: a strategy file or a folder of them, by default what stands beside or above the shards.
+    strategy: a strategy file or a folder of them, by default what stands beside or above the files.
     Optimizer state and counters, which MindFormers keeps with the weights, are left out.
-    Raises CheckpointError for missing ranks, cut files, and a strategy that does not fit the shards.
+    Raises CheckpointError for missing ranks, cut files, and a strategy that does not fit them.
     """
-    folder = _shard_folder(Path(source))
+    folder = _rank_folder(Path(source))
     layouts = {name: layout for name, layout in read_strategy(strategy or _near_strategy(folder)).items()
                if not TRAINING_STATE.fullmatch(name)}
     ranks = {}
@@ -94,7 +94,7 @@ def merged_tensors(source: str | Path, strategy: str | Path | None = None) -> Te
     lost = [name for name in layouts if name not in whole]
     if lost and not all(map(is_adapter, whole)):  # adapters may have been saved alone
         raise CheckpointError(f"{folder}: the strategy file is of another run: {len(lost)} of its parameters are in no "
-                              f"shard: {lost[:3]}")
+                              f"file: {lost[:3]}")
     return whole
 
 
@@ -126,7 +126,7 @@ def _base_weights(source: Path) -> Path:
 def merge(source: str | Path, destination: str | Path, strategy: str | Path | None = None, *,
           base: str | Path | None = None, adapters: bool = False, max_shard_size: int | None = None,
           force: bool = False, progress: bool = True) -> Path:
-    """Merge a sharded checkpoint into whole weights with MindSpore's names, some megabytes at a time.
+    """Merge the slices of a checkpoint into whole weights with MindSpore's names, some megabytes at a time.
 
     source, strategy: as for `merged_tensors`. destination: a file, its form named by .safetensors or .ckpt; with
     `max_shard_size` (bytes) a folder of files up to that size. An existing one is replaced only with `force`.

@@ -154,11 +154,11 @@ def read_strategy(path: str | Path) -> dict[str, Layout]:
     for file in files:
         read = _read_file(file)
         for stage in sorted({layout.stage for layout in read.values()}):
-            part = {name: layout for name, layout in read.items() if layout.stage == stage}
-            other, known = first.setdefault(stage, (file, part))
-            if known != part:
+            here = {name: layout for name, layout in read.items() if layout.stage == stage}
+            other, known = first.setdefault(stage, (file, here))
+            if known != here:
                 raise CheckpointError(f"{path}: {other.name} and {file.name} say different things of stage {stage}; "
                                       "they are of different runs, give the one that belongs to the checkpoint")
-            layouts |= {name: layout for name, layout in part.items()
+            layouts |= {name: layout for name, layout in here.items()
                         if name not in layouts or stage < layouts[name].stage}
     return layouts

@@ -53,18 +53,18 @@ def add_adapters(net: ChatGLM3, lora: LoraConfig, seed: int = 0) -> None:
     if has:
         return
     key = mask_key()
-    for place, (name, linear) in enumerate(linears.items()):
+    for index, (name, linear) in enumerate(linears.items()):
         out_size, in_size = linear.weight.shape
         cut = slicing(f"{name}.lora_a", net.cfg)
         whole_in = cut.segments[0] if cut else in_size
-        rng = np.random.default_rng([seed, place])
+        rng = np.random.default_rng([seed, index])
         a = rng.uniform(-1, 1, (lora.rank, whole_in)).astype(np.float32) / np.float32(sqrt(whole_in))
         if cut:
             a = cut.slice_of(a, topology.tensor_rank, topology.tensor_parallel)
         b = np.zeros((out_size, lora.rank), np.float32)
         parameters = [Parameter(Tensor(a)), Parameter(Tensor(b)),
                       Parameter(Tensor(np.float32(lora.alpha)), requires_grad=False)]
-        dropout = Dropout(lora.dropout, key, place, topology, sliced=cut is not None) if lora.dropout else None
+        dropout = Dropout(lora.dropout, key, index, topology, sliced=cut is not None) if lora.dropout else None
         linear.adapter = Adapter(*parameters, dropout, linear.dtype, linear.exchange)
         for parameter, suffix in zip(parameters, ADAPTER, strict=True):
             parameter.name = name + suffix

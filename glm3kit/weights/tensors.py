@@ -129,6 +129,8 @@ def _cast(values: np.ndarray, dtype: str) -> tuple[np.ndarray, int]:
         values = values.view(BFLOAT16)  # of MindSpore's type as well
     with np.errstate(over="ignore", invalid="ignore"):  # counted; a NaN stays one
         result = values.astype(DTYPES[dtype])
+        if dtype == "float32" and values.itemsize <= 4:
+            return result, 0  # it holds them all
         return result, int(np.count_nonzero(np.isinf(result)) - np.count_nonzero(np.isinf(values)))
 
 

@@ -91,6 +91,9 @@ def test_a_share_that_several_ranks_hold_may_be_missing_from_all_but_one():
     del ranks[1]
     with pytest.raises(CheckpointError, match="missing: rank 1 or 3, for shares of 1 parameters such as 'w'"):
         whole_tensors(ranks, {"w": layout}, "here")
+    elsewhere = Layout((1,), ((),), stage=1)  # rank 0 has no business with it, rank 1 should have it
+    with pytest.raises(CheckpointError, match="missing: rank 1, for shares of 1 parameters such as 'w'"):
+        whole_tensors({0: Tensors.of({"w": np.zeros(2)})}, {"w": elsewhere}, "here")
 
 
 def test_shares_that_do_not_fit_are_named():
