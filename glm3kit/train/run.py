@@ -32,26 +32,27 @@ class Rows:
             prepare_data(config)  # the others then find the token file ready
         barrier(topology)
         self.files = prepare_data(config, progress=False)
-        train, packing = config.train, config.data.packing
+        train, digest, packing = config.train, self.files["train"].digest, config.data.packing
         self.settings = dict(batch_size=train.batch_size, seq_length=config.model.seq_length, seed=train.seed,
-                             bucket_lengths=config.data.bucket_lengths, packing=packing,
+                             bucket_lengths=config.data.bucket_lengths,
                              rank=topology.data_rank, ranks=topology.data_parallel)
-        epoch = Batches(self.files["train"], **self.settings)
-        self.micro_steps, self.epoch_micro_steps = train.gradient_accumulation_steps, epoch.steps_per_epoch
-        self.total_steps = train.total_steps or train.epochs * self.epoch_micro_steps // self.micro_steps
-        self.epochs = math.ceil(self.total_steps * self.micro_steps / self.epoch_micro_steps)
-        digest = self.files["train"].digest
+        epoch = Batches(self.files["train"], **self.settings, packing=packing)
+        self.packing, self.micro_steps, per_epoch = packing, train.gradient_accumulation_steps, epoch.steps_per_epoch
+        self.total_steps = train.total_steps or train.epochs * per_epoch // self.micro_steps
+        self.micro_steps_per_epoch, self.epochs = per_epoch, math.ceil(self.total_steps * self.micro_steps / per_epoch)
         # What the position in the data depends on besides the step.
         self.identity = {"digest": f"{digest}-packed" if packing else digest, "seed": train.seed,
                          "rows_per_step": epoch.global_batch * self.micro_steps,
-                         "rows_per_epoch": epoch.global_batch * self.epoch_micro_steps}
+                         "rows_per_epoch": epoch.global_batch * per_epoch}
 
-    def training(self, step: int) -> Batches:
+    def after(self, step: int) -> Batches:
         """What is left to train on after a step."""
-        return Batches(self.files["train"], **self.settings, epochs=self.epochs, start_step=step * self.micro_steps)
+        return Batches(self.files["train"], **self.settings, packing=self.packing, epochs=self.epochs,
+                       start_step=step * self.micro_steps)
 
     def held_out(self) -> Batches:
-        return Batches(self.files["eval"], **self.settings | {"packing": False}, shuffle=False, drop_last=False)
+        """What the loss is measured on meanwhile."""
+        return Batches(self.files["eval"], **self.settings, shuffle=False, drop_last=False)
 
 
 class AfterStep:
@@ -71,12 +72,14 @@ class AfterStep:
             return bool(every) and step % every == 0 or step == rows.total_steps
 
         record |= self.measured(record)
-        self.write(record)
+        if self.metrics:
+            self.metrics.write(record)
         if due(train.log_steps):
-            print(format_step_line(record, rows.epochs, rows.epoch_micro_steps // rows.micro_steps), flush=True)
+            print(format_step_line(record, rows.epochs, rows.micro_steps_per_epoch // rows.micro_steps), flush=True)
         if train.eval_steps and due(train.eval_steps):
             loss = self.held_out_loss.mean(self.heartbeat.drawing(self.held_out))
-            self.write({"step": step, "eval_loss": loss})
+            if self.metrics:
+                self.metrics.write({"step": step, "eval_loss": loss})
             print(f"held-out loss after step {step}: {loss:.4f}", flush=True)
         if due(train.save_steps):
             save_checkpoint(self.config.job_dir, self.net, trainer, self.net.topology, train.keep_checkpoints,
@@ -89,15 +92,10 @@ class AfterStep:
         tokens_per_second = record["tokens"] / record["step_time_ms"] * 1000 * topology.data_parallel
         on_device = tokens_per_second / topology.ranks
         measured = {"total_steps": rows.total_steps,
-                    "epoch": 1 + (record["step"] * rows.micro_steps - 1) // rows.epoch_micro_steps,
+                    "epoch": 1 + (record["step"] * rows.micro_steps - 1) // rows.micro_steps_per_epoch,
                     "tokens_per_second": tokens_per_second, "tokens_per_second_per_device": on_device,
                     "memory_gb": memory_in_use() / 1e9}
         return measured | ({"model_flop_utilisation": on_device * self.flops / (peak * 1e12)} if peak else {})
-
-    def write(self, record: dict) -> None:
-        if self.metrics:
-            self.metrics.write(record)
-
 
 def _first_weights(config: RunConfig) -> Tensors:
     model, seed = config.model, config.train.seed
@@ -122,4 +120,4 @@ def run_rank(config: RunConfig, resume: bool = False) -> list[dict]:
         write_strategy(job_dir / "strategy" / STRATEGY, weight_layouts(net, topology))
     heartbeat = Heartbeat(os.environ.get(JOB_VARIABLE, job_dir), topology.rank)
     after_step = AfterStep(config, net, rows, heartbeat)
-    return run_steps(trainer, heartbeat.drawing(rows.training(trainer.step)), after_step)
+    return run_steps(trainer, heartbeat.drawing(rows.after(trainer.step)), after_step)

@@ -28,28 +28,19 @@ AHEAD = 4  # blocks of a tensor that may wait for their checksum
 
 
 class Checksums:
-    """SHA-256 of tensors as they are written, computed in a thread of its own beside the writing.
+    """SHA-256 of tensors as they are written, computed by a thread beside the writing; `finish` gives the sums."""
 
-    Use as a context: it ends the thread. `finish` gives the sums.
-    """
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "checksums")
+    def __init__(self, thread: ThreadPoolExecutor) -> None:
+        self._thread = thread  # one: a sum takes its blocks in their order
         self._waiting: deque[Future] = deque()
         self._digests: dict[str, Any] = {}
-
-    def __enter__(self) -> "Checksums":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
 
     def watch(self, tensors: Tensors, on_bytes: Callable[[int], object]) -> Tensors:
         """The same tensors; what is read of them in blocks is summed up, and its size told when it has been used."""
         def blocks(name: str) -> Iterator[np.ndarray]:
             digest = self._digests[name] = hashlib.sha256()
             for block in tensors.blocks(name):
-                self._waiting.append(self._pool.submit(digest.update, raw_bytes(block)))
+                self._waiting.append(self._thread.submit(digest.update, raw_bytes(block)))
                 yield block
                 on_bytes(block.nbytes)
                 if len(self._waiting) > AHEAD:

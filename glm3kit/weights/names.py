@@ -62,16 +62,8 @@ def part_of(stored: str) -> Part:
     return Part(stored)
 
 
-def mindspore_name(hf_name: str) -> str:
-    """The name in MindSpore of a published (or later MindFormers) name; others stay as they are.
-
-    Example: "transformer.embedding.word_embeddings.weight" -> "transformer.embedding.embedding_table"
-    """
-    return part_of(hf_name).name
-
-
 def hf_name(ms_name: str) -> str:
-    """The published name of a MindSpore name: the way back of `mindspore_name`."""
+    """The published name of a MindSpore name: the way back of `part_of`."""
     return HF_EMBEDDING if ms_name == EMBEDDING else ms_name
 
 

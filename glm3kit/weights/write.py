@@ -5,6 +5,7 @@
 
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def write_weights(path: str | Path, tensors: Tensors, *, max_shard_size: int | N
     if faults := destination_faults(path, tensors.nbytes, bool(max_shard_size), force):
         raise CheckpointError("\n".join(faults))
     with (tqdm(total=tensors.nbytes, unit="B", unit_scale=True, desc=path.name, disable=not progress) as bar,
-          Checksums() as checksums):
+          ThreadPoolExecutor(1, "checksums") as thread):
+        checksums = Checksums(thread)
         watched = checksums.watch(tensors, bar.update)
         if max_shard_size:
             suffix = path.suffix if path.suffix in MINDSPORE_FORMS else ".safetensors"

@@ -3,7 +3,7 @@
 import numpy as np
 
 from glm3kit.config.groups import ModelConfig
-from glm3kit.weights.names import glm_names, hf_name, mindspore_name, parameter_shapes, part_of
+from glm3kit.weights.names import glm_names, hf_name, parameter_shapes, part_of
 
 EMBEDDING = "transformer.embedding.embedding_table"
 OUTPUT = "transformer.output_layer.weight"
@@ -24,10 +24,10 @@ def test_the_6b_model_has_199_parameters_of_the_published_shapes():
 
 def test_names_map_to_mindspore_and_back(published):
     for name in published:
-        assert hf_name(mindspore_name(name)) == name
-    assert mindspore_name("transformer.embedding.word_embeddings.weight") == EMBEDDING
-    assert mindspore_name("transformer.embedding.embedding_weight") == EMBEDDING
-    assert mindspore_name(OUTPUT) == OUTPUT
+        assert hf_name(part_of(name).name) == name
+    assert part_of("transformer.embedding.word_embeddings.weight").name == EMBEDDING
+    assert part_of("transformer.embedding.embedding_weight").name == EMBEDDING
+    assert part_of(OUTPUT).name == OUTPUT
 
 
 def test_the_shapes_of_a_config_are_those_of_its_weights(hub, published):
