@@ -119,8 +119,8 @@ def _companions(src: Path, to: str, cfg: ModelConfig, published: Mapping[str, An
     return files | {"config.json": _json(config)}
 
 
-def _source_faults(src: Path, weights: Weights, cfg: ModelConfig | None, where: str, to: str) -> list[str]:
-    """Why weights are not those of a ChatGLM3 of these sizes (of any, without `cfg`), or cannot become `to`."""
+def _source_faults(src: Path, dst: Path, weights: Weights, cfg: ModelConfig | None, where: str, to: str) -> list[str]:
+    """Why weights are not those of a ChatGLM3 of these sizes (any, without `cfg`), or cannot become `to` at `dst`."""
     shapes, by = (parameter_shapes(cfg), Path(where).name) if cfg else (_shapes_by_name(weights), "ChatGLM3")
     faults = shape_faults(weights.specs, shapes, by)
     faults += [f"'{name}' is {spec.dtype}, no weight; expected one of {', '.join(FLOATS)}"
@@ -128,6 +128,8 @@ def _source_faults(src: Path, weights: Weights, cfg: ModelConfig | None, where: 
     if not cfg and to != "mindspore":
         faults.append(f"no config.json beside {src}, and it has not the shapes of 6B; name the configuration of the "
                       "model with --config (config=)")
+    if dst.resolve() == src.resolve() or dst.resolve() in src.resolve().parents:
+        faults.append(f"{dst}: is or holds the source; give another name")
     return faults
 
 
@@ -163,11 +165,8 @@ def convert_weights(src: str | Path, dst: str | Path, to: str = "mindspore", dty
         return tensors if dtype == "keep" else cast_tensors(tensors, dtype, overflows)
 
     tensors = in_type(weights)
-    faults = _source_faults(src, weights, cfg, where, to)
-    if dst.resolve() == src.resolve() or dst.resolve() in src.resolve().parents:
-        faults.append(f"{dst}: is or holds the source; give another name")
-    faults += destination_faults(dst, tensors.nbytes, bool(max_shard_size), force)
-    if faults:
+    faults = _source_faults(src, dst, weights, cfg, where, to)
+    if faults := faults + destination_faults(dst, tensors.nbytes, bool(max_shard_size), force):
         raise CheckpointError(f"{src}: nothing was converted: " + "\n".join(faults))
 
     about = {"source": str(src), "to": to, "dtype": dtype, "overflows": overflows}
