@@ -21,8 +21,8 @@ import numpy as np
 from disk import copy_seconds, forget, model_config, random_tensors, remove, watch
 
 from glm3kit.weights.hub_files import cut_into_shards, index_text
-from glm3kit.weights.read import published_tensors, write_weights
 from glm3kit.weights.tensors import Tensors, TensorSpec
+from glm3kit.weights.write import published_tensors, write_weights
 
 SHARD = 2 * 10**9  # bytes, as published
 BUDGET = 1.5  # times the copy, and GB
@@ -56,8 +56,8 @@ def write_torch_shards(folder: Path, tensors: Tensors) -> None:
             archive.writestr("archive/data.pkl", torch_pickle({name: tensors.specs[name] for name in names}))
             for key, name in enumerate(names):
                 with archive.open(f"archive/data/{key}", "w", force_zip64=True) as member:
-                    for piece in tensors.pieces(name):
-                        member.write(piece)
+                    for block in tensors.blocks(name):
+                        member.write(block)
     (folder / "pytorch_model.bin.index.json").write_text(index_text(tensors.specs, shards))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from glm3kit.config.groups import ModelConfig
 from glm3kit.weights.names import parameter_shapes
-from glm3kit.weights.tensors import PIECE, Tensors, TensorSpec
+from glm3kit.weights.tensors import BLOCK, Tensors, TensorSpec
 
 
 class Usage(NamedTuple):
@@ -30,15 +30,15 @@ def model_config(layers: int, hidden: int) -> ModelConfig:
 
 
 def random_tensors(cfg: ModelConfig) -> Tensors:
-    """Float16 weights of these sizes, the same random values again and again, a piece at a time."""
-    block = (np.random.default_rng(0).standard_normal(PIECE // 2, np.float32) / 50).astype(np.float16)
+    """Float16 weights of these sizes, the same random values again and again, a block at a time."""
+    block = (np.random.default_rng(0).standard_normal(BLOCK // 2, np.float32) / 50).astype(np.float16)
     specs = {name: TensorSpec("float16", shape) for name, shape in parameter_shapes(cfg).items()}
 
-    def pieces(name: str) -> Iterator[np.ndarray]:
-        for first in range(0, specs[name].nbytes, PIECE):
-            yield block[:min(specs[name].nbytes - first, PIECE) // 2]
+    def blocks(name: str) -> Iterator[np.ndarray]:
+        for first in range(0, specs[name].nbytes, BLOCK):
+            yield block[:min(specs[name].nbytes - first, BLOCK) // 2]
 
-    return Tensors(specs, lambda name: np.concatenate(list(pieces(name))).reshape(specs[name].shape), pieces=pieces)
+    return Tensors(specs, lambda name: np.concatenate(list(blocks(name))).reshape(specs[name].shape), blocks=blocks)
 
 
 def files_of(path: Path) -> list[Path]:

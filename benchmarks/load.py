@@ -19,7 +19,7 @@ from pathlib import Path
 from disk import Usage, model_config, random_tensors, watch
 
 from glm3kit.config.groups import ModelConfig
-from glm3kit.weights.read import write_weights
+from glm3kit.weights.write import write_weights
 
 
 def load(path: Path, cfg: ModelConfig) -> dict[str, float | list[int]]:

@@ -27,15 +27,15 @@ from glm3kit.weights.formats.ckpt import write_ckpt
 from glm3kit.weights.formats.safetensors import write_safetensors
 from glm3kit.weights.names import parameter_shapes
 from glm3kit.weights.slices import Slicing, slicing
-from glm3kit.weights.tensors import PIECE, Tensors, TensorSpec
+from glm3kit.weights.tensors import BLOCK, Tensors, TensorSpec
 
 RANKS = 8
 BUDGET = 1.5  # times the copy, and GB
 
 
 def shard(cfg: ModelConfig, seed: int) -> Tensors:
-    """What one of the ranks holds, made of random bytes a piece at a time."""
-    block = np.random.default_rng(seed).bytes(PIECE)
+    """What one of the ranks holds, made of random bytes a block at a time."""
+    block = np.random.default_rng(seed).bytes(BLOCK)
     specs = {}
     for name, shape in parameter_shapes(cfg).items():
         if cut := slicing(name, cfg):
@@ -43,11 +43,11 @@ def shard(cfg: ModelConfig, seed: int) -> Tensors:
             shape = (held, *shape[1:]) if cut.axis == 0 else (shape[0], held)
         specs[name] = TensorSpec("float16", shape)
 
-    def pieces(name: str) -> Iterator[np.ndarray]:
-        for first in range(0, specs[name].nbytes, PIECE):
-            yield np.frombuffer(block, np.float16, min(specs[name].nbytes - first, PIECE) // 2)
+    def blocks(name: str) -> Iterator[np.ndarray]:
+        for first in range(0, specs[name].nbytes, BLOCK):
+            yield np.frombuffer(block, np.float16, min(specs[name].nbytes - first, BLOCK) // 2)
 
-    return Tensors(specs, lambda name: np.concatenate(list(pieces(name))).reshape(specs[name].shape), pieces=pieces)
+    return Tensors(specs, lambda name: np.concatenate(list(blocks(name))).reshape(specs[name].shape), blocks=blocks)
 
 
 def layouts(cfg: ModelConfig) -> dict[str, Layout]:

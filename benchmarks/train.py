@@ -32,7 +32,7 @@ def kit(threads: int) -> Callable[[int], float]:
     net = kit_model(threads)
 
     from glm3kit.config.groups import TrainConfig
-    from glm3kit.train.run import Trainer
+    from glm3kit.train.trainer import Trainer
 
     config = TrainConfig(learning_rate=LEARNING_RATE, end_learning_rate=LEARNING_RATE, max_grad_norm=1.0, **OPTIMIZER)
     trainer = Trainer(net, config, total_steps=1_000_000)

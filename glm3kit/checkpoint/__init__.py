@@ -1,1 +1,1 @@
-"""Shards on disk: who holds what, what is whole, merging."""
+"""Checkpoints on disk: who holds what, what is whole, merging."""

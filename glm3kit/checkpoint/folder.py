@@ -27,8 +27,6 @@ def rank_file(rank: int) -> str:
     return f"rank_{rank}.safetensors"
 
 
-# ---- which checkpoints there are ----
-
 def checkpoints(job_dir: str | Path) -> list[Path]:
     """The complete checkpoints of a job, oldest first."""
     found = [(int(match[1]), path) for path in (Path(job_dir) / "checkpoint").glob("step_*")

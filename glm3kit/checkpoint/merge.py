@@ -1,7 +1,7 @@
-"""Merging a sharded checkpoint into whole weights, a tensor at a time.
+"""Merging the slices of a checkpoint into whole weights, a tensor at a time.
 
-Shards are this kit's (`model/rank_R.safetensors`) or MindFormers' (`rank_R/NAME-epoch_step.ckpt` or `.safetensors`);
-how they are cut says the strategy file of their run.
+The files of ranks are this kit's (`model/rank_R.safetensors`) or MindFormers' (`rank_R/NAME-epoch_step.ckpt` or
+`.safetensors`); how they are cut says the strategy file of their run.
 
     merge("output/tiny", "output/tiny/merged.safetensors")
 """
@@ -15,19 +15,19 @@ from glm3kit.checkpoint.strategy import read_strategy
 from glm3kit.config.load import load_config
 from glm3kit.errors import CheckpointError
 from glm3kit.weights.adapters import fold_adapters, is_adapter
-from glm3kit.weights.formats.ckpt import read_ckpt
 from glm3kit.weights.formats.safetensors import read_safetensors
-from glm3kit.weights.read import TRAINING_STATE, read_weights, write_weights
+from glm3kit.weights.hub_files import MINDSPORE_FORMS, READERS
+from glm3kit.weights.names import TRAINING_STATE
+from glm3kit.weights.read import read_weights
 from glm3kit.weights.tensors import Tensors
-
-READERS = {".safetensors": read_safetensors, ".ckpt": read_ckpt}
+from glm3kit.weights.write import write_weights
 
 
 def _by_step(folder: Path) -> dict[tuple[int, int], Path]:
     """The checkpoints in the folder of a rank, by the (epoch, step) that their names end with: `glm3-1_200.ckpt`."""
     found = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix in READERS:
+        if path.suffix in MINDSPORE_FORMS:
             stated = re.search(r"-(\d+)_(\d+)$", path.stem)
             key = (int(stated[1]), int(stated[2])) if stated else (0, 0)
             if key in found:
@@ -44,7 +44,7 @@ def rank_files(folder: Path) -> dict[int, Path]:
     """
     files, folders = {}, {}
     for path in folder.glob("rank_*"):
-        if re.fullmatch(r"rank_\d+", path.stem) and path.suffix in READERS:
+        if re.fullmatch(r"rank_\d+", path.stem) and path.suffix in MINDSPORE_FORMS:
             files[int(path.stem[5:])] = path
         elif re.fullmatch(r"rank_\d+", path.name) and path.is_dir() and (found := _by_step(path)):
             folders[int(path.name[5:])] = found
@@ -57,7 +57,7 @@ def rank_files(folder: Path) -> dict[int, Path]:
     return {rank: found[max(common)] for rank, found in folders.items()}
 
 
-def _shard_folder(source: Path) -> Path:
+def _rank_folder(source: Path) -> Path:
     """The folder of rank files that a job, a checkpoint or such a folder itself names."""
     for folder in (source, source / "model", source / "checkpoint"):
         if rank_files(folder):
@@ -66,27 +66,26 @@ def _shard_folder(source: Path) -> Path:
 
 
 def _near_strategy(folder: Path) -> Path:
-    """The strategy file or folder beside or above the shards; where there is none, the first place looked at."""
+    """The strategy file or folder beside or above the files of ranks; where there is none, the first looked for."""
     near = [parent / name for parent in (folder, *folder.parents[:3]) for name in (STRATEGY, "strategy")]
     return next((path for path in near if path.exists()), near[0])
 
 
 def merged_tensors(source: str | Path, strategy: str | Path | None = None) -> Tensors:
-    """The whole weights of a sharded checkpoint, each put together when it is asked for.
+    """The whole weights of a checkpoint, each put together when it is asked for.
 
     source: a job folder (its newest checkpoint), a checkpoint folder, or a folder with a file or a folder a rank.
-    strategy: a strategy file or a folder of them, by default what stands beside or above the shards.
+    strategy: a strategy file or a folder of them, by default what stands beside or above the files.
     Optimizer state and counters, which MindFormers keeps with the weights, are left out.
-    Raises CheckpointError for missing ranks, cut files, and a strategy that does not fit the shards.
+    Raises CheckpointError for missing ranks, cut files, and a strategy that does not fit them.
     """
-    folder = _shard_folder(Path(source))
+    folder = _rank_folder(Path(source))
     layouts = {name: layout for name, layout in read_strategy(strategy or _near_strategy(folder)).items()
                if not TRAINING_STATE.fullmatch(name)}
     ranks = {}
     for rank, path in sorted(rank_files(folder).items()):
         opened = READERS[path.suffix](path)
-        specs = {name: spec for name, spec in opened.specs.items() if not TRAINING_STATE.fullmatch(name)}
-        ranks[rank] = Tensors(specs, opened.__getitem__)
+        ranks[rank] = opened.select(name for name in opened if not TRAINING_STATE.fullmatch(name))
     described = sum({layout.stage: layout.ranks for layout in layouts.values()}.values())
     if max(ranks) >= described:
         raise CheckpointError(f"{folder}: the strategy file is of another run: it describes {described} ranks, there "
@@ -95,8 +94,22 @@ def merged_tensors(source: str | Path, strategy: str | Path | None = None) -> Te
     lost = [name for name in layouts if name not in whole]
     if lost and not all(map(is_adapter, whole)):  # adapters may have been saved alone
         raise CheckpointError(f"{folder}: the strategy file is of another run: {len(lost)} of its parameters are in no "
-                              f"shard: {lost[:3]}")
+                              f"file: {lost[:3]}")
     return whole
+
+
+def read_adapters(path: str | Path) -> Tensors:
+    """The adapters of a .safetensors file, a job (its newest checkpoint) or a checkpoint, without weights beside them.
+
+    Raises CheckpointError where there are none.
+    """
+    path = Path(path)
+    stored = merged_tensors(path) if path.is_dir() else read_safetensors(path)
+    adapters = stored.select(filter(is_adapter, stored))
+    if not adapters:
+        raise CheckpointError(f"{path}: holds no adapters (lora_a, lora_b, lora_alpha), but "
+                              f"{', '.join(list(stored)[:3])}; name plain weights as checkpoint_name_or_path")
+    return adapters
 
 
 def _base_weights(source: Path) -> Path:
@@ -113,7 +126,7 @@ def _base_weights(source: Path) -> Path:
 def merge(source: str | Path, destination: str | Path, strategy: str | Path | None = None, *,
           base: str | Path | None = None, adapters: bool = False, max_shard_size: int | None = None,
           force: bool = False, progress: bool = True) -> Path:
-    """Merge a sharded checkpoint into whole weights with MindSpore's names, some megabytes at a time.
+    """Merge the slices of a checkpoint into whole weights with MindSpore's names, some megabytes at a time.
 
     source, strategy: as for `merged_tensors`. destination: a file, its form named by .safetensors or .ckpt; with
     `max_shard_size` (bytes) a folder of files up to that size. An existing one is replaced only with `force`.
@@ -131,20 +144,3 @@ def merge(source: str | Path, destination: str | Path, strategy: str | Path | No
         tensors = fold_adapters(tensors, origin=str(source))
     return write_weights(destination, tensors, max_shard_size=max_shard_size, about={"source": str(source)},
                          force=force, progress=progress)
-
-
-def read_adapters(path: str | Path) -> Tensors:
-    """The adapters of a .safetensors file, a job (its newest checkpoint) or a checkpoint, without weights beside them.
-
-    Raises CheckpointError where there are none.
-    """
-    path = Path(path)
-    if path.is_dir():
-        stored = merged_tensors(path)
-    else:
-        stored = read_safetensors(path)
-    specs = {name: spec for name, spec in stored.specs.items() if is_adapter(name)}
-    if not specs:
-        raise CheckpointError(f"{path}: holds no adapters (lora_a, lora_b, lora_alpha), but "
-                              f"{', '.join(list(stored)[:3])}; name plain weights as checkpoint_name_or_path")
-    return Tensors(specs, stored.__getitem__)

@@ -19,11 +19,11 @@ from typing import Any
 from glm3kit.checkpoint.layout import Layout
 from glm3kit.errors import CheckpointError
 from glm3kit.files import atomic_write
-from glm3kit.weights.formats.protobuf import Damaged, fields, varint
+from glm3kit.weights.formats.protobuf import Damaged, fields, varints
 
 
-def write_strategy(path: str | Path, layouts: Mapping[str, Layout]) -> None:
-    """Write the layouts of one stage as a strategy file in MindSpore's JSON form."""
+def write_strategy(path: str | Path, layouts: Mapping[str, Layout]) -> Path:
+    """Write the layouts of one stage as a strategy file in MindSpore's JSON form; returns the path."""
     items = {}
     for name, layout in layouts.items():
         items[name] = {
@@ -37,6 +37,7 @@ def write_strategy(path: str | Path, layouts: Mapping[str, Layout]) -> None:
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(item)}" for name, item in items.items())
     atomic_write(path, f'{{"current_stage": 0, "parallel_strategy_item": {json.dumps(operators)},\n'
                        f'"parallel_layout_item": {{\n{lines}\n}}}}\n')
+    return Path(path)
 
 
 def _layout(item: Mapping[str, Any], stage: int) -> Layout:
@@ -77,11 +78,7 @@ def _dims(data: bytes, start: int, end: int) -> list[int]:
     for field, first, last in fields(data, start, end):
         if field != 1:
             raise Damaged(f"field {field} among numbers at byte {start}")
-        if not last:
-            dims.append(_signed(first))
-        while first < last:
-            number, first = varint(data, first, last)
-            dims.append(_signed(number))
+        dims += map(_signed, varints(data, first, last) if last else [first])
     return dims
 
 
@@ -138,7 +135,7 @@ def _read_file(path: Path) -> dict[str, Layout]:
     except OSError as err:
         raise CheckpointError(f"{path}: cannot be read ({err.strerror}); name the strategy file of the run that wrote "
                               "the checkpoint") from err
-    except (Damaged, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as err:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as err:
         raise CheckpointError(f"{path}: no strategy file of MindSpore's ({err!r}); name the strategy file of the run "
                               "that wrote the checkpoint") from err
 
@@ -157,11 +154,11 @@ def read_strategy(path: str | Path) -> dict[str, Layout]:
     for file in files:
         read = _read_file(file)
         for stage in sorted({layout.stage for layout in read.values()}):
-            part = {name: layout for name, layout in read.items() if layout.stage == stage}
-            other, known = first.setdefault(stage, (file, part))
-            if known != part:
+            here = {name: layout for name, layout in read.items() if layout.stage == stage}
+            other, known = first.setdefault(stage, (file, here))
+            if known != here:
                 raise CheckpointError(f"{path}: {other.name} and {file.name} say different things of stage {stage}; "
                                       "they are of different runs, give the one that belongs to the checkpoint")
-            layouts |= {name: layout for name, layout in part.items()
+            layouts |= {name: layout for name, layout in here.items()
                         if name not in layouts or stage < layouts[name].stage}
     return layouts

@@ -282,7 +282,7 @@ class ChatGLM3(nn.Cell):
             values, parameter, cut = weights[name], parameters[name], slicing(name, self.cfg)
             stored = values
             if cut and topology.tensor_parallel > 1:
-                values = cut.part(values, topology.tensor_rank, topology.tensor_parallel)
+                values = cut.slice_of(values, topology.tensor_rank, topology.tensor_parallel)
             if parameter.dtype == ms.bfloat16:  # through float32, which holds every bfloat16
                 values = Tensor(cast(values, "float32", name)).astype(ms.bfloat16)
             else:

@@ -9,19 +9,16 @@ and 22.38 GB (LoRA, not recomputed, 4 devices) were published; test_memory.py ho
     print(memory_table(estimate_memory(load_config("configs/run_glm3_6b.yaml"))))
 """
 
-from glm3kit.config.groups import ModelConfig, RunConfig
+from math import prod
 
-SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes
-FLOAT32 = 4
+from glm3kit.config.groups import ModelConfig, RunConfig
+from glm3kit.weights.names import EMBEDDING
+from glm3kit.weights.slices import slice_shapes
+from glm3kit.weights.tensors import DTYPES
+
+FLOAT32 = 4  # bytes
 # Bytes of two buffers a group of ranks: HCCL_BUFFSIZE is 200 MB, one to send and one to receive.
 COMMUNICATION = 2 * 200 * 2**20
-
-
-def _widths(cfg: ModelConfig, ranks: int) -> tuple[int, int, int, int]:
-    """Columns of this rank's queries, keys (or values), ffn and vocabulary."""
-    size = cfg.kv_channels
-    return (cfg.num_attention_heads // ranks * size, max(cfg.multi_query_group_num // ranks, 1) * size,
-            cfg.ffn_hidden_size // ranks, cfg.padded_vocab_size // ranks)
 
 
 def parameter_count(cfg: ModelConfig, ranks: int = 1) -> int:
@@ -29,17 +26,19 @@ def parameter_count(cfg: ModelConfig, ranks: int = 1) -> int:
 
     Example: ChatGLM3-6B, 1 rank -> 6,243,584,000
     """
-    C, (Q, K, F, V) = cfg.hidden_size, _widths(cfg, ranks)
-    layer = (Q + 2 * K) * (C + 1) + Q * C + 3 * F * C + 2 * C  # query_key_value with bias, dense, MLP, norms
-    return 2 * V * C + cfg.num_layers * layer + C
+    return sum(map(prod, slice_shapes(cfg, ranks).values()))
+
+
+def _matrices(config: RunConfig) -> dict[str, tuple[int, int]]:
+    """What a rank holds of the matrices of a layer, (out, in), by the names that LoraConfig.targets has for them."""
+    shapes = slice_shapes(config.model, config.parallel.tensor_parallel)
+    return {name.split(".")[-2]: shape for name, shape in shapes.items() if ".layers.0." in name and len(shape) == 2}
 
 
 def adapter_count(config: RunConfig) -> int:
     """Parameters of the LoRA adapters that a rank holds: rank x (in + out) a matrix."""
-    lora, C = config.train.lora, config.model.hidden_size
-    Q, K, F, _ = _widths(config.model, config.parallel.tensor_parallel)
-    ends = {"query_key_value": C + Q + 2 * K, "dense": Q + C, "dense_h_to_4h": C + 2 * F, "dense_4h_to_h": F + C}
-    return config.model.num_layers * lora.rank * sum(ends[target] for target in lora.targets)
+    lora, matrices = config.train.lora, _matrices(config)
+    return config.model.num_layers * lora.rank * sum(sum(matrices[target]) for target in lora.targets)
 
 
 def layer_activations(config: RunConfig) -> int:
@@ -50,16 +49,16 @@ def layer_activations(config: RunConfig) -> int:
     c(Q + 2K), the output of attention cQ; gate, up and silu(gate) 3cF. A head and a pair of tokens: the softmax, c;
     flash attention keeps two rows of 8 float32 a head and token instead.
     """
-    cfg, train, ranks = config.model, config.train, config.parallel.tensor_parallel
-    c, C, (Q, K, F, _) = SIZES[cfg.compute_dtype], cfg.hidden_size, _widths(cfg, ranks)
-    inputs = {"query_key_value": C, "dense": Q, "dense_h_to_4h": C, "dense_4h_to_h": F}
-    trained, dropped = inputs, 0
+    cfg, train, matrices = config.model, config.train, _matrices(config)
+    c, C = DTYPES[cfg.compute_dtype].itemsize, cfg.hidden_size
+    fused, Q, F = matrices["query_key_value"][0], matrices["dense"][1], matrices["dense_4h_to_h"][1]
+    trained, dropped = tuple(matrices), 0
     if train.lora:
         trained, dropped = train.lora.targets, c + 1 if train.lora.dropout else 0
     flash = cfg.use_flash_attention and config.parallel.device_target != "CPU"
-    heads = cfg.num_attention_heads // ranks * (2 * 8 * FLOAT32 if flash else cfg.seq_length * c)
-    token = (2 * FLOAT32 * C + sum(inputs[name] * (c + dropped) for name in trained) + c * (Q + 2 * K) + c * Q +
-             3 * c * F + heads)
+    heads = Q // cfg.kv_channels * (2 * 8 * FLOAT32 if flash else cfg.seq_length * c)
+    inputs = sum(matrices[name][1] * (c + dropped) for name in trained)
+    token = 2 * FLOAT32 * C + inputs + c * fused + c * Q + 3 * c * F + heads
     return train.batch_size * cfg.seq_length * token
 
 
@@ -73,8 +72,8 @@ def estimate_memory(config: RunConfig) -> dict[str, int]:
     into its shard, a layer that is recomputed. communication: buffers of the groups of ranks.
     """
     cfg, train, parallel = config.model, config.train, config.parallel
-    c, C = SIZES[cfg.compute_dtype], cfg.hidden_size
-    *_, F, V = _widths(cfg, parallel.tensor_parallel)
+    c, C = DTYPES[cfg.compute_dtype].itemsize, cfg.hidden_size
+    V, F = slice_shapes(cfg, parallel.tensor_parallel)[EMBEDDING][0], _matrices(config)["dense_4h_to_h"][1]
     held = parameter_count(cfg, parallel.tensor_parallel)
     trained = adapter_count(config) if train.lora else held
     shards = parallel.data_parallel if parallel.shard_optimizer else 1
@@ -86,10 +85,11 @@ def estimate_memory(config: RunConfig) -> dict[str, int]:
     passing = 0 if train.lora else c + FLOAT32  # bytes of a gradient until it is in its shard: as computed, as summed
     moments = {"softmax of the logits, labels, gradient": tokens * V * 3 * FLOAT32,
                "gradient of the output layer": tokens * V * c + V * C * passing,
-               "recomputed layer and its largest gradient": train.recompute * layer + 2 * F * C * passing}
-    groups = (parallel.ranks > 1) + 2 * (parallel.data_parallel > 1 and parallel.tensor_parallel > 1)
-    groups *= parallel.device_target != "CPU"  # HCCL's; there is none
-    return {"weights": held * SIZES[cfg.param_dtype] + (trained * FLOAT32 if train.lora else 0),
+               "recomputed layer and its largest gradient": (layer if train.recompute else 0) + 2 * F * C * passing}
+    groups = 0
+    if parallel.ranks > 1 and parallel.device_target != "CPU":  # HCCL's buffers; a CPU has none
+        groups = 3 if parallel.data_parallel > 1 and parallel.tensor_parallel > 1 else 1
+    return {"weights": held * DTYPES[cfg.param_dtype].itemsize + (trained * FLOAT32 if train.lora else 0),
             "masters": 0 if own_masters else shard * FLOAT32, "moments": 2 * shard * FLOAT32,
             "gradients": shard * FLOAT32,
             "activations": casts + cfg.num_layers * (c * tokens * C if train.recompute else layer),

@@ -1,6 +1,6 @@
 """Training: a step, many steps, one rank of a run."""
 
 from glm3kit.config.groups import LoraConfig, TrainConfig
-from glm3kit.train.run import fit
+from glm3kit.train.trainer import fit
 
 __all__ = ["LoraConfig", "TrainConfig", "fit"]

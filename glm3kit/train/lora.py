@@ -1,8 +1,6 @@
 """LoRA: small adapters are trained beside frozen matrices, saved alone, and folded into them.
 
-Beside a matrix W (out, in) stand `lora_a` (rank, in), `lora_b` (out, rank) and `lora_alpha` (); the three say all there
-is to know: W' = W + lora_alpha / rank * lora_b @ lora_a (https://arxiv.org/abs/2106.09685). So no setting can be
-forgotten when a checkpoint is merged.
+What an adapter consists of, and adds to its matrix: weights/adapters.py (https://arxiv.org/abs/2106.09685).
 
     history = fit(net, batches, TrainConfig(lora=LoraConfig(rank=8))); save_adapters(net, "adapters.safetensors")
 """
@@ -55,18 +53,18 @@ def add_adapters(net: ChatGLM3, lora: LoraConfig, seed: int = 0) -> None:
     if has:
         return
     key = mask_key()
-    for place, (name, linear) in enumerate(linears.items()):
+    for index, (name, linear) in enumerate(linears.items()):
         out_size, in_size = linear.weight.shape
         cut = slicing(f"{name}.lora_a", net.cfg)
         whole_in = cut.segments[0] if cut else in_size
-        rng = np.random.default_rng([seed, place])
+        rng = np.random.default_rng([seed, index])
         a = rng.uniform(-1, 1, (lora.rank, whole_in)).astype(np.float32) / np.float32(sqrt(whole_in))
         if cut:
-            a = cut.part(a, topology.tensor_rank, topology.tensor_parallel)
+            a = cut.slice_of(a, topology.tensor_rank, topology.tensor_parallel)
         b = np.zeros((out_size, lora.rank), np.float32)
         parameters = [Parameter(Tensor(a)), Parameter(Tensor(b)),
                       Parameter(Tensor(np.float32(lora.alpha)), requires_grad=False)]
-        dropout = Dropout(lora.dropout, key, place, topology, sliced=cut is not None) if lora.dropout else None
+        dropout = Dropout(lora.dropout, key, index, topology, sliced=cut is not None) if lora.dropout else None
         linear.adapter = Adapter(*parameters, dropout, linear.dtype, linear.exchange)
         for parameter, suffix in zip(parameters, ADAPTER, strict=True):
             parameter.name = name + suffix
@@ -85,8 +83,7 @@ def save_adapters(net: ChatGLM3, path: str | Path) -> Path:
     adapters = {name: p.asnumpy() for name, p in net.parameters_dict().items() if is_adapter(name)}
     if not adapters:
         raise ConfigError("save_adapters: the model has no adapters; train with TrainConfig(lora=LoraConfig(...))")
-    write_safetensors(Path(path), adapters, {"format": "ms"})
-    return Path(path)
+    return write_safetensors(path, adapters, {"format": "ms"})
 
 
 def merge_adapters(net: ChatGLM3) -> None:

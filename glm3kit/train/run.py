@@ -1,164 +1,107 @@
-"""Training: a model advanced step by step, alone or as one rank of a run with metrics and checkpoints.
+"""One rank of a run: its rows, its model, and after each step what goes into the folder of the run.
 
-The loss of a step is the sum over all labels that count, of all ranks and micro-steps, divided by their number, so that
-the curve does not depend on how the rows are laid out.
-
-    history = fit(net, batches, TrainConfig(learning_rate=1e-3, total_steps=20))
+    run_rank(load_config("configs/tiny.yaml"))
 """
 
 import math
 import os
-import time
-from collections.abc import Callable, Iterable
-from itertools import islice
-
-import mindspore as ms
-import numpy as np
-from mindspore import Tensor
 
 from glm3kit.checkpoint.folder import STRATEGY
 from glm3kit.checkpoint.strategy import write_strategy
-from glm3kit.config.groups import RunConfig, TrainConfig
+from glm3kit.config.groups import RunConfig
 from glm3kit.data.batches import Batches
 from glm3kit.data.encode import prepare_data
-from glm3kit.errors import CheckpointError, DataError, JobError
 from glm3kit.jobs.metrics import MetricsWriter, flops_per_token, format_step_line
 from glm3kit.jobs.process import JOB_VARIABLE, Heartbeat
-from glm3kit.model.adapter import set_key
 from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.model.held_out import HeldOutLoss
 from glm3kit.model.load import fitting_weights
-from glm3kit.parallel import ALONE, Topology, barrier, memory_in_use, start_processes
-from glm3kit.train.lora import add_adapters
-from glm3kit.train.optimizer import AdamW, LossScale, bias_corrected, learning_rate
+from glm3kit.parallel import Topology, barrier, memory_in_use, start_processes
 from glm3kit.train.saving import load_checkpoint, save_checkpoint, usable_checkpoint, weight_layouts
-from glm3kit.train.step import Accumulate, Gradients, Step, Totals, Update
+from glm3kit.train.trainer import Trainer, run_steps
 from glm3kit.weights.random import random_weights
-
-Batch = tuple[np.ndarray, ...]  # input_ids, labels and, of packed rows, segment_ids, (B, T) int32 each
-
-
-class Trainer:
-    """A model with its optimizer state, advanced a step at a time."""
-
-    def __init__(self, net: ChatGLM3, config: TrainConfig, total_steps: int, topology: Topology = ALONE):
-        if config.lora:
-            add_adapters(net, config.lora, config.seed)
-        if config.recompute:
-            for layer in net.transformer.encoder.layers:
-                layer.recompute()
-        self.net = net.set_train()
-        self.config, self.total_steps, self.step = config, total_steps, 0
-        self.scale = LossScale(config.loss_scale)
-        # Losses are summed; about this share of the sum is the mean that a loss scale is meant for.
-        self.share = 1 / (config.batch_size * net.cfg.seq_length)
-        gradients, totals = Gradients(net, topology), Totals(net, topology)
-        self.dropout_key = gradients.dropout_key
-        self.optimizer = AdamW(net, config, topology)
-        # One graph where nothing can keep the update from happening; else the host decides between two.
-        self.fused = config.gradient_accumulation_steps == 1 and config.loss_scale is None
-        if self.fused:
-            self.whole_step = Step(gradients, totals, self.optimizer, config.max_grad_norm)
-        else:
-            self.accumulate = Accumulate(gradients, totals, self.optimizer)
-            self.update = Update(self.accumulate, self.optimizer, config.max_grad_norm)
-
-    def state(self) -> dict:
-        """Where training stands, besides weights and optimizer state."""
-        return {"step": self.step, "total_steps": self.total_steps, "loss_scale": self.scale.value,
-                "good_steps": self.scale.good_steps}
-
-    def load_state(self, state: dict) -> None:
-        """Go on where `state` was taken; raises CheckpointError if the schedule was another."""
-        if state["total_steps"] != self.total_steps:
-            raise CheckpointError(f"the checkpoint is of a run of {state['total_steps']} steps, this one has "
-                                  f"{self.total_steps}, so the schedule would jump; continue with the same "
-                                  "train.total_steps, train.epochs and data")
-        self.step = state["step"]
-        self.scale.value, self.scale.good_steps = state["loss_scale"], state["good_steps"]
-
-    def draw_masks(self, micro_step: int) -> None:
-        """Have adapters drop what belongs to this micro-step of this step, also after a resume."""
-        if self.dropout_key is not None:
-            set_key(self.dropout_key, self.config.seed, self.step, micro_step)
-
-    def advance(self, batches: list[Batch]) -> dict:
-        """One step over gradient_accumulation_steps micro-batches -> its record.
-
-        An overflow leaves the weights as they are where the loss scale can be lowered; else it raises JobError.
-        """
-        started = time.perf_counter()
-        rate = learning_rate(self.step, self.total_steps, self.config)
-        scalars = [Tensor(x, ms.float32) for x in bias_corrected(self.step + 1, rate, self.config)]
-        scale = Tensor(self.scale.value * self.share, ms.float32)
-        if self.fused:
-            self.draw_masks(0)
-            input_ids, labels, *segment_ids = map(Tensor, batches[0])
-            totals = self.whole_step(input_ids, labels, scale, *scalars, *segment_ids).asnumpy()
-        else:
-            for i, batch in enumerate(batches):
-                self.draw_masks(i)
-                input_ids, labels, *segment_ids = map(Tensor, batch)
-                sums = self.accumulate(input_ids, labels, scale, Tensor(min(i, 1), ms.int32), *segment_ids)
-            totals = sums.asnumpy()
-        loss, norm, count = (float(x) for x in totals)
-        overflow = not math.isfinite(norm)
-        if overflow and not self.scale.can_fall:
-            raise JobError(f"step {self.step + 1}: loss {loss}, gradient norm {norm}, loss scale {self.scale.value:g}; "
-                           "expected finite numbers. On Ascend set the environment variable "
-                           "MS_ASCEND_CHECK_OVERFLOW_MODE=INFNAN_MODE and start again; else try a lower learning_rate, "
-                           "loss_scale: dynamic for float16, or bfloat16")
-        if not self.fused and not overflow:
-            self.update(sums, scale, *scalars).asnumpy()
-        record = {"step": self.step + 1, "loss": loss, "learning_rate": rate, "grad_norm": norm, "overflow": overflow,
-                  "loss_scale": self.scale.value, "tokens": int(sum(batch[0].size for batch in batches)),
-                  "loss_tokens": int(count), "compute_time_ms": (time.perf_counter() - started) * 1000}
-        self.scale.update(overflow)
-        self.step += 1
-        self.net.after_update()  # what conversations have cached is of the weights before
-        return record
+from glm3kit.weights.tensors import Tensors
 
 
-def run_steps(trainer: Trainer, batches: Iterable[Batch],
-              on_step: Callable[[dict, Trainer], None] | None = None) -> list[dict]:
-    """Advance a trainer to its last step; one record a step.
+class Rows:
+    """The rows of a run as one of its ranks draws them, and the steps that they make."""
 
-    Raises DataError if the batches end before, JobError if the loss is no finite number.
-    """
-    history, source, size = [], iter(batches), trainer.config.gradient_accumulation_steps
-    while trainer.step < trainer.total_steps:
-        started = time.perf_counter()
-        micro_batches = list(islice(source, size))
-        if len(micro_batches) < size:
-            raise DataError(f"the batches ended after step {trainer.step} of {trainer.total_steps}; "
-                            "lower total_steps or give more rows")
-        data_time_ms = (time.perf_counter() - started) * 1000
-        record = trainer.advance(micro_batches)
-        record |= {"data_time_ms": data_time_ms, "step_time_ms": (time.perf_counter() - started) * 1000}
-        history.append(record)
-        if on_step:
-            on_step(record, trainer)
-    return history
+    def __init__(self, config: RunConfig, topology: Topology):
+        if topology.rank == 0:
+            prepare_data(config)  # the others then find the token file ready
+        barrier(topology)
+        self.files = prepare_data(config, progress=False)
+        train, digest, packing = config.train, self.files["train"].digest, config.data.packing
+        self.settings = dict(batch_size=train.batch_size, seq_length=config.model.seq_length, seed=train.seed,
+                             bucket_lengths=config.data.bucket_lengths,
+                             rank=topology.data_rank, ranks=topology.data_parallel)
+        epoch = Batches(self.files["train"], **self.settings, packing=packing)
+        self.packing, self.micro_steps, per_epoch = packing, train.gradient_accumulation_steps, epoch.steps_per_epoch
+        self.total_steps = train.total_steps or train.epochs * per_epoch // self.micro_steps
+        self.micro_steps_per_epoch, self.epochs = per_epoch, math.ceil(self.total_steps * self.micro_steps / per_epoch)
+        # What the position in the data depends on besides the step.
+        self.identity = {"digest": f"{digest}-packed" if packing else digest, "seed": train.seed,
+                         "rows_per_step": epoch.global_batch * self.micro_steps,
+                         "rows_per_epoch": epoch.global_batch * per_epoch}
+
+    def after(self, step: int) -> Batches:
+        """What is left to train on after a step."""
+        return Batches(self.files["train"], **self.settings, packing=self.packing, epochs=self.epochs,
+                       start_step=step * self.micro_steps)
+
+    def held_out(self) -> Batches:
+        """What the loss is measured on meanwhile."""
+        return Batches(self.files["eval"], **self.settings, shuffle=False, drop_last=False)
 
 
-def fit(net: ChatGLM3, batches: Iterable[Batch], config: TrainConfig, *, topology: Topology = ALONE,
-        on_step: Callable[[dict, Trainer], None] | None = None) -> list[dict]:
-    """Train `net` in place; one record a step.
+class AfterStep:
+    """What a rank does after each step: measure, print, evaluate, save, and mark that it lives."""
 
-    batches: (input_ids, labels) int32 arrays (B, T) of this rank, labels shifted, and segment_ids where several
-        records stand in one row (see `ChatGLM3.hidden`); gradient_accumulation_steps of them make a step.
-        config.total_steps: where to stop, by default when they end (then they must have a length).
-    on_step: called with each record and the trainer.
-    Returns dicts with step, loss, learning_rate, grad_norm, overflow, loss_scale, step_time_ms and more.
-    Raises DataError if the batches end before total_steps, JobError if the loss is no finite number.
-    Example: fit(net, [(ids, labels)] * 20, TrainConfig(learning_rate=1e-3, total_steps=20))
-    """
-    total_steps = config.total_steps
-    if total_steps is None:
-        if not hasattr(batches, "__len__"):
-            raise DataError("fit: batches have no length and total_steps is not set; give TrainConfig a total_steps")
-        total_steps = len(batches) // config.gradient_accumulation_steps
-    return run_steps(Trainer(net, config, total_steps, topology), batches, on_step)
+    def __init__(self, config: RunConfig, net: ChatGLM3, rows: Rows, heartbeat: Heartbeat):
+        self.config, self.net, self.rows, self.heartbeat = config, net, rows, heartbeat
+        self.metrics = MetricsWriter(config.job_dir / "metrics.jsonl") if net.topology.rank == 0 else None
+        self.flops = flops_per_token(config.model, config.model.seq_length, bool(config.train.lora))
+        if config.train.eval_steps:
+            self.held_out, self.held_out_loss = rows.held_out(), HeldOutLoss(net, net.topology)
+
+    def __call__(self, record: dict, trainer: Trainer) -> None:
+        train, rows, step = self.config.train, self.rows, record["step"]
+
+        def due(every: int | None) -> bool:
+            return bool(every) and step % every == 0 or step == rows.total_steps
+
+        record |= self.measured(record)
+        if self.metrics:
+            self.metrics.write(record)
+        if due(train.log_steps):
+            print(format_step_line(record, rows.epochs, rows.micro_steps_per_epoch // rows.micro_steps), flush=True)
+        if train.eval_steps and due(train.eval_steps):
+            loss = self.held_out_loss.mean(self.heartbeat.drawing(self.held_out))
+            if self.metrics:
+                self.metrics.write({"step": step, "eval_loss": loss})
+            print(f"held-out loss after step {step}: {loss:.4f}", flush=True)
+        if due(train.save_steps):
+            save_checkpoint(self.config.job_dir, self.net, trainer, self.net.topology, train.keep_checkpoints,
+                            rows.identity)
+        self.heartbeat.mark()
+
+    def measured(self, record: dict) -> dict:
+        """What a record says beside what the trainer knows."""
+        topology, rows, peak = self.net.topology, self.rows, self.config.parallel.peak_tflops
+        tokens_per_second = record["tokens"] / record["step_time_ms"] * 1000 * topology.data_parallel
+        on_device = tokens_per_second / topology.ranks
+        measured = {"total_steps": rows.total_steps,
+                    "epoch": 1 + (record["step"] * rows.micro_steps - 1) // rows.micro_steps_per_epoch,
+                    "tokens_per_second": tokens_per_second, "tokens_per_second_per_device": on_device,
+                    "memory_gb": memory_in_use() / 1e9}
+        return measured | ({"model_flop_utilisation": on_device * self.flops / (peak * 1e12)} if peak else {})
+
+def _first_weights(config: RunConfig) -> Tensors:
+    model, seed = config.model, config.train.seed
+    if model.checkpoint_name_or_path:
+        return fitting_weights(model, model.checkpoint_name_or_path, model.adapters_path)
+    print(f"model.checkpoint_name_or_path is not set: starting from random weights, seed {seed}")
+    return random_weights(model, seed)
 
 
 def run_rank(config: RunConfig, resume: bool = False) -> list[dict]:
@@ -166,66 +109,14 @@ def run_rank(config: RunConfig, resume: bool = False) -> list[dict]:
 
     Started once a device by `glm3kit launch`. resume: go on from the newest complete checkpoint.
     """
-    train, job_dir = config.train, config.job_dir
-    topology = start_processes(config.parallel)
-    if topology.rank == 0:
-        prepare_data(config)  # the others then find the token file ready
-    barrier(topology)
-    token_files = prepare_data(config, progress=False)
-    tokens = token_files["train"]
-    rows = dict(batch_size=train.batch_size, seq_length=config.model.seq_length, seed=train.seed,
-                bucket_lengths=config.data.bucket_lengths, packing=config.data.packing,
-                rank=topology.data_rank, ranks=topology.data_parallel)
-    epoch = Batches(tokens, **rows)
-    micro_steps = train.gradient_accumulation_steps
-    total_steps = train.total_steps or train.epochs * epoch.steps_per_epoch // micro_steps
-    epochs = math.ceil(total_steps * micro_steps / epoch.steps_per_epoch)
-
-    if config.model.checkpoint_name_or_path:
-        weights = fitting_weights(config.model, config.model.checkpoint_name_or_path, config.model.adapters_path)
-    else:
-        print(f"model.checkpoint_name_or_path is not set: starting from random weights, seed {train.seed}")
-        weights = random_weights(config.model, train.seed)
-    net = ChatGLM3(config.model, topology, weights)
-    trainer = Trainer(net, train, total_steps, topology)
-    data = {"digest": tokens.digest + "-packed" * config.data.packing, "seed": train.seed,
-            "rows_per_step": epoch.global_batch * micro_steps,
-            "rows_per_epoch": epoch.global_batch * epoch.steps_per_epoch}
+    topology, job_dir = start_processes(config.parallel), config.job_dir
+    rows = Rows(config, topology)
+    net = ChatGLM3(config.model, topology, _first_weights(config))
+    trainer = Trainer(net, config.train, rows.total_steps, topology)
     if resume:
-        load_checkpoint(usable_checkpoint(job_dir, topology), net, trainer, topology, data)
+        load_checkpoint(usable_checkpoint(job_dir, topology), net, trainer, topology, rows.identity)
     if topology.rank == 0:
         write_strategy(job_dir / "strategy" / STRATEGY, weight_layouts(net, topology))
     heartbeat = Heartbeat(os.environ.get(JOB_VARIABLE, job_dir), topology.rank)
-    metrics = MetricsWriter(job_dir / "metrics.jsonl") if topology.rank == 0 else None
-    flops = flops_per_token(config.model, config.model.seq_length, bool(train.lora))
-    held_out = None
-    if train.eval_steps:
-        held_out = Batches(token_files["eval"], **rows | {"packing": False}, shuffle=False, drop_last=False)
-        held_out_loss = HeldOutLoss(net, topology)
-
-    def on_step(record: dict, trainer: Trainer) -> None:
-        step = record["step"]
-        record["total_steps"] = total_steps
-        record["epoch"] = 1 + (step * micro_steps - 1) // epoch.steps_per_epoch
-        tokens_per_second = record["tokens"] / record["step_time_ms"] * 1000 * topology.data_parallel
-        record["tokens_per_second"] = tokens_per_second
-        record["tokens_per_second_per_device"] = tokens_per_second / topology.ranks
-        record["memory_gb"] = memory_in_use() / 1e9
-        if config.parallel.peak_tflops:
-            record["model_flop_utilisation"] = (
-                tokens_per_second / topology.ranks * flops / (config.parallel.peak_tflops * 1e12))
-        if metrics:
-            metrics.write(record)
-        if step % train.log_steps == 0 or step == total_steps:
-            print(format_step_line(record, epochs, epoch.steps_per_epoch // micro_steps), flush=True)
-        if held_out and (step % train.eval_steps == 0 or step == total_steps):
-            loss = held_out_loss.mean(heartbeat.drawing(held_out))
-            if metrics:
-                metrics.write({"step": step, "eval_loss": loss})
-            print(f"held-out loss after step {step}: {loss:.4f}", flush=True)
-        if step == total_steps or (train.save_steps and step % train.save_steps == 0):
-            save_checkpoint(job_dir, net, trainer, topology, train.keep_checkpoints, data)
-        heartbeat.mark()
-
-    batches = Batches(tokens, **rows, epochs=epochs, start_step=trainer.step * micro_steps)
-    return run_steps(trainer, heartbeat.drawing(batches), on_step)
+    after_step = AfterStep(config, net, rows, heartbeat)
+    return run_steps(trainer, heartbeat.drawing(rows.after(trainer.step)), after_step)

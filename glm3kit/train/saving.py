@@ -6,10 +6,10 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mindspore import Parameter, Tensor
 
@@ -30,12 +30,10 @@ from glm3kit.files import FULL, atomic_write, sync
 from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.parallel import Topology, any_rank, barrier, shard_of
 from glm3kit.train.lora import saved_parameters
+from glm3kit.train.trainer import Trainer
 from glm3kit.weights.formats.safetensors import read_safetensors, write_safetensors
 from glm3kit.weights.slices import slicing
 from glm3kit.weights.tensors import Tensors, TensorSpec, cast
-
-if TYPE_CHECKING:  # it imports this file
-    from glm3kit.train.run import Trainer
 
 
 def usable_checkpoint(job_dir: str | Path, topology: Topology) -> Path:
@@ -44,7 +42,6 @@ def usable_checkpoint(job_dir: str | Path, topology: Topology) -> Path:
     One that is damaged is set aside as `step_N.damaged`, with a warning in the log.
     Raises CheckpointError if none is left.
     """
-
     for path in reversed(checkpoints(job_dir)):
         fault = damage(path, topology.rank, topology.ranks)
         if fault:
@@ -62,7 +59,6 @@ def usable_checkpoint(job_dir: str | Path, topology: Topology) -> Path:
 
 def weight_layouts(net: ChatGLM3, topology: Topology) -> dict[str, Layout]:
     """How every parameter of a model is cut, frozen ones too."""
-
     layouts = {}
     for parameter in net.get_parameters():
         cut = slicing(parameter.name, net.cfg)
@@ -91,43 +87,51 @@ def _lazily(parameters: Iterable[Parameter]) -> Tensors:
     return Tensors(specs, lambda name: cast(held[name].float().asnumpy(), specs[name].dtype, name))
 
 
-def save_checkpoint(job_dir: str | Path, net: ChatGLM3, trainer: "Trainer", topology: Topology, keep: int,
+def _write_files(folder: Path, net: ChatGLM3, trainer: Trainer, topology: Topology) -> Iterator[Path]:
+    """Write the files of this rank, each given when it is whole: shards of the state, slices, strategies."""
+    state = trainer.optimizer.state()
+    yield write_safetensors(folder / "optimizer" / rank_file(topology.rank), _lazily(state))
+    if topology.data_rank == 0:
+        yield write_safetensors(folder / "model" / rank_file(topology.rank),
+                                _lazily(saved_parameters(net, trainer.config.lora)), {"format": "ms"})
+    if topology.rank == 0:
+        yield write_strategy(folder / "model" / STRATEGY, weight_layouts(net, topology))
+        yield write_strategy(folder / "optimizer" / STRATEGY, state_layouts(net, state, topology))
+
+
+def _complete(folder: Path, ranks: int, state: Mapping[str, Any]) -> None:
+    """Put the marks of all ranks' files and the state of training into the file that makes a checkpoint complete."""
+    files = {}
+    for marks in (folder / f"rank_{rank}.json" for rank in range(ranks)):
+        files |= json.loads(marks.read_text(encoding="utf-8"))
+        marks.unlink()
+    atomic_write(folder / COMPLETE, json.dumps({**state, "files": files}, indent=1))
+
+
+def save_checkpoint(job_dir: str | Path, net: ChatGLM3, trainer: Trainer, topology: Topology, keep: int,
                     data: Mapping[str, Any] | None = None) -> Path:
     """Write a checkpoint of the trainer's step, by every rank together; then remove all but the newest `keep`.
 
     data: what the position in the data depends on besides the step; `load_checkpoint` asks for the same.
     Raises CheckpointError where the disk is full: what was written of it is removed, the checkpoints before stay.
     """
-
     folder = Path(job_dir) / "checkpoint"
+    # No `atomic_folder`: all ranks write into this one.
     final, temporary = folder / f"step_{trainer.step}", folder / f".step_{trainer.step}.tmp"
     if topology.rank == 0:
         clear_unfinished(folder)
         temporary.mkdir(parents=True)
     barrier(topology)
+    written = []
     try:
-        state = trainer.optimizer.state()
-        written = [temporary / "optimizer" / rank_file(topology.rank)]
-        write_safetensors(written[0], _lazily(state))
-        if topology.data_rank == 0:
-            written.append(temporary / "model" / rank_file(topology.rank))
-            write_safetensors(written[1], _lazily(saved_parameters(net, trainer.config.lora)), {"format": "ms"})
-        if topology.rank == 0:
-            for part, layouts in (("model", weight_layouts(net, topology)),
-                                  ("optimizer", state_layouts(net, state, topology))):
-                written.append(temporary / part / STRATEGY)
-                write_strategy(written[-1], layouts)
+        for path in _write_files(temporary, net, trainer, topology):
+            written.append(path)
         atomic_write(temporary / f"rank_{topology.rank}.json", json.dumps(marks_of(temporary, written)))
         barrier(topology)
         if topology.rank == 0:
-            files = {}
-            for rank in range(topology.ranks):
-                marks = temporary / f"rank_{rank}.json"
-                files |= json.loads(marks.read_text(encoding="utf-8"))
-                marks.unlink()
-            atomic_write(temporary / COMPLETE, json.dumps(trainer.state() | {
+            _complete(temporary, topology.ranks, trainer.state() | {
                 "data": dict(data or {}), "data_parallel": topology.data_parallel,
-                "tensor_parallel": topology.tensor_parallel, "files": files}, indent=1))
+                "tensor_parallel": topology.tensor_parallel})
     except OSError as err:
         if err.errno not in FULL:
             raise
@@ -156,20 +160,19 @@ def _open(folder: Path, index: int, layouts: Mapping[str, Layout]) -> tuple[Tens
     return whole_tensors(ranks, stored, str(folder)), True
 
 
-def load_checkpoint(path: Path, net: ChatGLM3, trainer: "Trainer", topology: Topology,
+def load_checkpoint(path: Path, net: ChatGLM3, trainer: Trainer, topology: Topology,
                     data: Mapping[str, Any] | None = None) -> None:
     """Put weights, optimizer state and training state of a checkpoint back, written by any layout of ranks.
 
     data: as it was given to `save_checkpoint`.
     Raises CheckpointError where a tensor is missing or of another shape, or the run has another schedule or other data.
     """
-
     marker = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
     data = data or {}
     changed = [f"{key} {value}, here {data.get(key)}" for key, value in marker["data"].items()
                if data.get(key) != value]
     if changed:
-        raise CheckpointError(f"{path}: its place in the data means other rows here: {'; '.join(changed)}; continue "
+        raise CheckpointError(f"{path}: its position in the data means other rows here: {'; '.join(changed)}; continue "
                               "with the data, train.seed and rows a step (batch_size x data_parallel x "
                               "gradient_accumulation_steps) of the run that wrote it")
     state = trainer.optimizer.state()
@@ -191,7 +194,7 @@ def load_checkpoint(path: Path, net: ChatGLM3, trainer: "Trainer", topology: Top
         if whole:
             cut = slicing(name, net.cfg)
             if cut and topology.tensor_parallel > 1:
-                values = cut.part(values, topology.tensor_rank, topology.tensor_parallel)
+                values = cut.slice_of(values, topology.tensor_rank, topology.tensor_parallel)
             if layout.flattened:
                 values = shard_of(values, topology.shard_rank, topology.shards)
         # In place: compiled graphs hold on to the memory they were compiled with.

@@ -78,23 +78,23 @@ class Totals(nn.Cell):
         self.world_sum, self.slices = world_sum(topology), topology.tensor_parallel
         self.data_copies = topology.data_parallel // topology.shards
         self.square, self.sum, self.add = ops.Square(), ops.ReduceSum(), ops.AddN()
-        # Of each shard the parts that no other slice holds and that several hold: (start, stop, columns, slices).
-        self.parts = []
+        # Of each shard the ranges that no other slice holds and that several hold: (start, stop, columns, slices).
+        self.ranges = []
         for parameter in net.trainable_params():
             rows, copies = copies_of(slicing(parameter.name, net.cfg), self.slices)
             size = -(-parameter.size // topology.shards)
             before = rows * (parameter.size // parameter.shape[0]) - topology.shard_rank * size
             alone = size if copies == 1 else min(max(before, 0), size)
-            parts = ((0, alone, 1), (alone, size, copies))
-            self.parts.append(tuple((a, z, gcd(z - a, 1024), n) for a, z, n in parts if z > a))
+            ranges = ((0, alone, 1), (alone, size, copies))
+            self.ranges.append(tuple((a, z, gcd(z - a, 1024), n) for a, z, n in ranges if z > a))
 
     def construct(self, shards: tuple, sums: Tensor, scale: Tensor) -> Tensor:
         squares = ()
         for i in range(len(shards)):
-            for start, stop, columns, copies in self.parts[i]:
-                part = shards[i] if stop - start == shards[i].size else shards[i].reshape(-1)[start:stop]
+            for start, stop, columns, copies in self.ranges[i]:
+                values = shards[i] if stop - start == shards[i].size else shards[i].reshape(-1)[start:stop]
                 # Row by row, as a single sum is slow; ops.L2Loss loses digits with the size, a third at 10^8 values.
-                squares += (self.sum(self.sum(self.square(part.reshape(-1, columns)), 1)) / copies,)
+                squares += (self.sum(self.sum(self.square(values.reshape(-1, columns)), 1)) / copies,)
         totals = self.world_sum(ops.concat((sums / self.slices, (self.add(squares) / self.data_copies).reshape(1))))
         count = ops.maximum(totals[1], 1.0)
         return ops.stack((totals[0] / count, ops.sqrt(totals[2]) / (count * scale), count))

@@ -68,4 +68,4 @@ def fold_adapters(tensors: Tensors, base: Tensors | None = None, origin: str = "
         return cast(cast(weights[name], "float32") + _update(tensors, folded[name]), specs[name].dtype, name)
 
     return Tensors(specs, read, weights.metadata,
-                   lambda name: cut(read(name)) if name in folded else weights.pieces(name))
+                   lambda name: cut(read(name)) if name in folded else weights.blocks(name))

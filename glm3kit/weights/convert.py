@@ -24,18 +24,12 @@ from glm3kit.config.load import load_config
 from glm3kit.errors import CheckpointError
 from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 from glm3kit.weights.hf_glm import PUBLISHED_STOP_IDS, chatglm_config, glm_config, tokenizer_files
+from glm3kit.weights.hub_files import READERS
 from glm3kit.weights.manifest import MANIFEST, read_manifest, sha256
 from glm3kit.weights.names import fused_rows, glm_names, parameter_shapes
-from glm3kit.weights.read import (
-    READERS,
-    Weights,
-    destination_faults,
-    published_tensors,
-    read_weights,
-    shape_faults,
-    write_weights,
-)
+from glm3kit.weights.read import Weights, read_weights, shape_faults
 from glm3kit.weights.tensors import FLOATS, Tensors, TensorSpec, cast_tensors
+from glm3kit.weights.write import destination_faults, published_tensors, write_weights
 
 FORMS = ("mindspore", "hf", "hf-glm")
 CASTS = ("keep", "float16", "bfloat16", "float32")
@@ -105,24 +99,39 @@ def _find_tokenizer(src: Path, config: str | Path | None, tokenizer: str | Path 
     return path if path.is_file() else None
 
 
-def _companions(src: Path, to: str, published: Mapping[str, Any], tokenizer: Path | None) -> dict[str, bytes]:
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def _companions(src: Path, to: str, cfg: ModelConfig, published: Mapping[str, Any], dtype: str,
+                tokenizer: Path | None) -> dict[str, bytes]:
     """The files beside the shards: config.json, and for `hf` and `hf-glm` the tokenizer and what belongs to it."""
-    files: dict[str, bytes] = {}
+    config, files = published, {}
     if to == "hf":
         folder = src if src.is_dir() else src.parent
         files = {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
-    if to == "hf-glm" and tokenizer:
-        files = tokenizer_files(tokenizer)
     if to == "hf-glm":
-        generation = {key: published[key] for key in ("eos_token_id", "pad_token_id")}
-        files["generation_config.json"] = _json(generation)
+        stop_ids = ChatGLM3Tokenizer(tokenizer).stop_ids if tokenizer else PUBLISHED_STOP_IDS
+        config = glm_config(cfg, dtype, stop_ids)
+        files = tokenizer_files(tokenizer) if tokenizer else {}
+        files["generation_config.json"] = _json({key: config[key] for key in ("eos_token_id", "pad_token_id")})
     if tokenizer and to != "mindspore":
         files["tokenizer.model"] = tokenizer.read_bytes()
-    return files | {"config.json": _json(published)}
+    return files | {"config.json": _json(config)}
 
 
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+def _source_faults(src: Path, dst: Path, weights: Weights, cfg: ModelConfig | None, where: str, to: str) -> list[str]:
+    """Why weights are not those of a ChatGLM3 of these sizes (any, without `cfg`), or cannot become `to` at `dst`."""
+    shapes, by = (parameter_shapes(cfg), Path(where).name) if cfg else (_shapes_by_name(weights), "ChatGLM3")
+    faults = shape_faults(weights.specs, shapes, by)
+    faults += [f"'{name}' is {spec.dtype}, no weight; expected one of {', '.join(FLOATS)}"
+               for name, spec in weights.specs.items() if spec.dtype not in FLOATS]
+    if not cfg and to != "mindspore":
+        faults.append(f"no config.json beside {src}, and it has not the shapes of 6B; name the configuration of the "
+                      "model with --config (config=)")
+    if dst.resolve() == src.resolve() or dst.resolve() in src.resolve().parents:
+        faults.append(f"{dst}: is or holds the source; give another name")
+    return faults
 
 
 def convert_weights(src: str | Path, dst: str | Path, to: str = "mindspore", dtype: str = "keep", *,
@@ -143,32 +152,22 @@ def convert_weights(src: str | Path, dst: str | Path, to: str = "mindspore", dty
     Example: convert_weights("chatglm3-6b", "glm3_6b.ckpt", dtype="float32")
     """
     src, dst = Path(src), Path(dst)
-    if to not in FORMS:
-        raise CheckpointError(f"to={to!r}: expected one of {', '.join(FORMS)}")
-    if dtype not in CASTS:
-        raise CheckpointError(f"dtype={dtype!r}: expected one of {', '.join(CASTS)}")
+    for name, value, known in (("to", to, FORMS), ("dtype", dtype, CASTS)):
+        if value not in known:
+            raise CheckpointError(f"{name}={value!r}: expected one of {', '.join(known)}")
     if to != "mindspore":
         max_shard_size = max_shard_size or HUB_SHARD
     weights = read_weights(src)
     published, where = _find_config(src, config, weights.specs)
     cfg = ModelConfig.from_published(published, where) if published else None
-    shapes, by = (parameter_shapes(cfg), Path(where).name) if cfg else (_shapes_by_name(weights), "ChatGLM3")
     overflows: Counter[str] = Counter()
 
     def in_type(tensors: Tensors) -> Tensors:
         return tensors if dtype == "keep" else cast_tensors(tensors, dtype, overflows)
 
     tensors = in_type(weights)
-    faults = shape_faults(weights.specs, shapes, by)
-    faults += [f"'{name}' is {spec.dtype}, no weight; expected one of {', '.join(FLOATS)}"
-               for name, spec in weights.specs.items() if spec.dtype not in FLOATS]
-    if not cfg and to != "mindspore":
-        faults.append(f"no config.json beside {src}, and it has not the shapes of 6B; name the configuration of the "
-                      "model with --config (config=)")
-    if dst.resolve() == src.resolve() or dst.resolve() in src.resolve().parents:
-        faults.append(f"{dst}: is or holds the source; give another name")
-    faults += destination_faults(dst, tensors.nbytes, bool(max_shard_size), force)
-    if faults:
+    faults = _source_faults(src, dst, weights, cfg, where, to)
+    if faults := faults + destination_faults(dst, tensors.nbytes, bool(max_shard_size), force):
         raise CheckpointError(f"{src}: nothing was converted: " + "\n".join(faults))
 
     about = {"source": str(src), "to": to, "dtype": dtype, "overflows": overflows}
@@ -176,18 +175,15 @@ def convert_weights(src: str | Path, dst: str | Path, to: str = "mindspore", dty
     if cfg:
         stored = next(iter(tensors.specs.values())).dtype
         vocabulary = _find_tokenizer(src, config, tokenizer)
-        published |= {} if dtype == "keep" else {"torch_dtype": stored}
-        about["config"] = published
-        written = published
+        about["config"] = published if dtype == "keep" else published | {"torch_dtype": stored}
+        beside = _companions(src, to, cfg, about["config"], stored, vocabulary)
         if to == "hf":
             tensors = published_tensors(tensors, cfg)
         elif to == "hf-glm":
-            stop_ids = ChatGLM3Tokenizer(vocabulary).stop_ids if vocabulary else PUBLISHED_STOP_IDS
-            tensors, written = in_type(glm_tensors(weights, cfg)), glm_config(cfg, stored, stop_ids)
-        beside = _companions(src, to, written, vocabulary)
-        if to == "hf-glm" and not vocabulary:
-            warnings.warn(f"{dst}: written without a tokenizer, none is beside {src}; name it with --tokenizer "
-                          "(tokenizer=)", stacklevel=2)
+            tensors = in_type(glm_tensors(weights, cfg))
+            if not vocabulary:
+                warnings.warn(f"{dst}: written without a tokenizer, none is beside {src}; name it with --tokenizer "
+                              "(tokenizer=)", stacklevel=2)
     write_weights(dst, tensors, max_shard_size=max_shard_size, about=about, beside=beside, force=force,
                   progress=progress)
     if overflows:

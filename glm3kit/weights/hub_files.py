@@ -1,4 +1,4 @@
-"""Weights in several files: which files belong together, what their index says, how to cut new ones.
+"""Files of weights: the forms that are read, which files belong together, what their index says, how to cut new ones.
 
 The index is the hub's: `{"metadata": {"total_size": bytes}, "weight_map": {"tensor name": "file name"}}`.
 
@@ -7,13 +7,19 @@ The index is the hub's: `{"metadata": {"total_size": bytes}, "weight_map": {"ten
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
 from glm3kit.errors import CheckpointError
-from glm3kit.weights.tensors import TensorSpec
+from glm3kit.weights.formats.ckpt import read_ckpt
+from glm3kit.weights.formats.safetensors import read_safetensors
+from glm3kit.weights.formats.torch import read_torch
+from glm3kit.weights.tensors import Tensors, TensorSpec
 
-SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pth")  # where a folder holds several forms, the first is read
+# Where a folder holds several forms, the first is read.
+READERS: dict[str, Callable[[Path], Tensors]] = {
+    ".safetensors": read_safetensors, ".ckpt": read_ckpt, ".bin": read_torch, ".pth": read_torch}
+MINDSPORE_FORMS = (".ckpt", ".safetensors")  # what MindSpore saves, and the kit writes
 INDEXES = ("model.safetensors.index.json", "model.ckpt.index.json", "pytorch_model.bin.index.json")
 READ_FORMS = ("read are a hub folder of .safetensors or .bin with its index, a .safetensors, .bin or .pth file, "
               "MindSpore's .ckpt, and a folder of any of them")
@@ -70,13 +76,13 @@ def weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
     Raises CheckpointError, beside what `read_index` raises, for a path without weights in a form that is read, and a
     folder without index in which a numbered shard is missing.
     """
-    if path.is_file() and path.suffix in SUFFIXES:
+    if path.is_file() and path.suffix in READERS:
         return [path], {}
     if path.is_dir():
         for index in INDEXES:
             if (path / index).is_file():
                 return read_index(path / index)
-        for suffix in SUFFIXES:
+        for suffix in READERS:
             if files := sorted(path.glob(f"*{suffix}")):
                 if left_out := _left_out([file.name for file in files]):
                     raise CheckpointError(f"{path}: its files are numbered, and {_some(left_out)} is not there; get it "

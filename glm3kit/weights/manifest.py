@@ -10,7 +10,7 @@ nobody can make other weights with the same sums.
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,37 +24,29 @@ from glm3kit.weights.tensors import Tensors, raw_bytes
 
 MANIFEST = "manifest.json"
 TENSOR = {"dtype", "shape", "sha256"}  # what is said of a tensor
-AHEAD = 4  # pieces of a tensor that may wait for their checksum
+AHEAD = 4  # blocks of a tensor that may wait for their checksum
 
 
 class Checksums:
-    """SHA-256 of tensors as they are written, computed in a thread of its own beside the writing.
+    """SHA-256 of tensors as they are written, computed by a thread beside the writing; `finish` gives the sums."""
 
-    Use as a context: it ends the thread. `finish` gives the sums.
-    """
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "checksums")
+    def __init__(self, thread: ThreadPoolExecutor) -> None:
+        self._thread = thread  # one: a sum takes its blocks in their order
         self._waiting: deque[Future] = deque()
         self._digests: dict[str, Any] = {}
 
-    def __enter__(self) -> "Checksums":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def watch(self, tensors: Tensors) -> Tensors:
-        """The same tensors; what is read of them in pieces is summed up."""
-        def pieces(name: str) -> Iterator[np.ndarray]:
+    def watch(self, tensors: Tensors, on_bytes: Callable[[int], object]) -> Tensors:
+        """The same tensors; what is read of them in blocks is summed up, and its size told when it has been used."""
+        def blocks(name: str) -> Iterator[np.ndarray]:
             digest = self._digests[name] = hashlib.sha256()
-            for piece in tensors.pieces(name):
-                self._waiting.append(self._pool.submit(digest.update, raw_bytes(piece)))
-                yield piece
+            for block in tensors.blocks(name):
+                self._waiting.append(self._thread.submit(digest.update, raw_bytes(block)))
+                yield block
+                on_bytes(block.nbytes)
                 if len(self._waiting) > AHEAD:
                     self._waiting.popleft().result()
 
-        return Tensors(tensors.specs, tensors.__getitem__, tensors.metadata, pieces)
+        return Tensors(tensors.specs, tensors.__getitem__, tensors.metadata, blocks)
 
     def finish(self) -> dict[str, str]:
         """Wait for all sums: those of every tensor that was read, in hexadecimal."""
@@ -104,6 +96,6 @@ def manifest_entry(tensors: Tensors, checksums: Mapping[str, str], about: Mappin
 def sha256(tensors: Tensors, name: str) -> str:
     """The checksum of one tensor, in hexadecimal."""
     digest = hashlib.sha256()
-    for piece in tensors.pieces(name):
-        digest.update(raw_bytes(piece))
+    for block in tensors.blocks(name):
+        digest.update(raw_bytes(block))
     return digest.hexdigest()

@@ -1,11 +1,11 @@
 """What the tensors of a ChatGLM3 are called, and how they are shaped, in each of the forms that exist.
 
 The kit's own names are MindFormers 1.1's. The published ones (`modeling_chatglm.py`) differ in the embedding. Later
-MindFormers renamed the embedding again and may cut the fused matrices into `wq`, `wk`, `wv` and `dense_left`,
+MindFormers renamed the embedding again and may store the fused matrices in parts, `wq`, `wk`, `wv` and `dense_left`,
 `dense_right` (its script `convert_weight.py` for GLM2 and GLM3). Transformers' own GLM (`modeling_glm.py`) has Llama's
 names and separate query, key and value. All cuts are along the first axis: the parts one after the other are the whole.
 
-    place("transformer.encoder.layers.0.self_attention.wk.bias").name
+    part_of("transformer.encoder.layers.0.self_attention.wk.bias").name
 """
 
 import re
@@ -37,41 +37,33 @@ GLM_PARTS, NEWER_PARTS = ({part: (name, index, len(parts)) for name, parts in la
                            for index, part in enumerate(parts)} for layer in (GLM_LAYER, NEWER_LAYER))
 
 
-class Place(NamedTuple):
-    """Where a stored tensor belongs: it is part `index` of `count` of the parameter `name`."""
+class Part(NamedTuple):
+    """What a stored tensor is: part `index` of `count` of the parameter `name`."""
 
     name: str
     index: int = 0
     count: int = 1
 
 
-def place(stored: str) -> Place:
+def part_of(stored: str) -> Part:
     """The parameter that a stored tensor of any of the forms is, or is a part of; an unknown name stays as it is.
 
     Example: "transformer.encoder.layers.0.self_attention.wk.bias" ->
     ("transformer.encoder.layers.0.self_attention.query_key_value.bias", 1, 3)
     """
     if stored in (HF_EMBEDDING, NEWER_EMBEDDING):
-        return Place(EMBEDDING)
+        return Part(EMBEDDING)
     if stored in GLM_WHOLE:
-        return Place(GLM_WHOLE[stored])
+        return Part(GLM_WHOLE[stored])
     for pattern, parts in ((LAYER, NEWER_PARTS), (GLM_LAYER_NAME, GLM_PARTS)):
         if (found := pattern.fullmatch(stored)) and found[2] in parts:
             name, index, count = parts[found[2]]
-            return Place(f"transformer.encoder.layers.{found[1]}.{name}.{found[3]}", index, count)
-    return Place(stored)
-
-
-def mindspore_name(hf_name: str) -> str:
-    """The name in MindSpore of a published (or later MindFormers) name; others stay as they are.
-
-    Example: "transformer.embedding.word_embeddings.weight" -> "transformer.embedding.embedding_table"
-    """
-    return place(hf_name).name
+            return Part(f"transformer.encoder.layers.{found[1]}.{name}.{found[3]}", index, count)
+    return Part(stored)
 
 
 def hf_name(ms_name: str) -> str:
-    """The published name of a MindSpore name: the way back of `mindspore_name`."""
+    """The published name of a MindSpore name: the way back of `part_of`."""
     return HF_EMBEDDING if ms_name == EMBEDDING else ms_name
 
 

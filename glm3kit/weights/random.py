@@ -14,10 +14,10 @@ from glm3kit.config.groups import ModelConfig
 from glm3kit.errors import CheckpointError
 from glm3kit.files import atomic_write
 from glm3kit.weights.formats.safetensors import write_safetensors
-from glm3kit.weights.hub_files import index_name, index_text
+from glm3kit.weights.hub_files import cut_into_shards, index_name, index_text
 from glm3kit.weights.names import parameter_shapes
-from glm3kit.weights.read import published_tensors
 from glm3kit.weights.tensors import Tensors, TensorSpec, cast
+from glm3kit.weights.write import published_tensors
 
 HUB_INDEX = index_name(".safetensors")
 
@@ -26,10 +26,10 @@ def random_weights(cfg: ModelConfig, seed: int) -> Tensors:
     """Weights to start training from, with MindSpore's names, drawn when they are asked for.
 
     Matrices are normal with deviation 0.02 (residual outputs less), norms one, biases zero, all in `cfg.param_dtype`.
-    Each tensor is drawn whole by the seed and its place in the model, so that slices of it are the same in any layout.
+    Each tensor is drawn whole by the seed and its number in the model, so that slices of it are the same in any layout.
     """
     specs = {name: TensorSpec(cfg.param_dtype, shape) for name, shape in parameter_shapes(cfg).items()}
-    places = {name: place for place, name in enumerate(specs)}
+    numbers = {name: number for number, name in enumerate(specs)}
 
     def read(name: str) -> np.ndarray:
         shape = specs[name].shape
@@ -41,7 +41,7 @@ def random_weights(cfg: ModelConfig, seed: int) -> Tensors:
             # Two residual branches a layer add up; scaled so, their sum keeps its size (GPT-2's initialization).
             branch = name.endswith(("self_attention.dense.weight", "mlp.dense_4h_to_h.weight"))
             scale = 0.02 / sqrt(2 * cfg.num_layers) if branch else 0.02
-            values = np.random.default_rng([seed, places[name]]).standard_normal(shape, np.float32)
+            values = np.random.default_rng([seed, numbers[name]]).standard_normal(shape, np.float32)
             values *= np.float32(scale)  # in place: the tables of 6B are 1 GB each
         return cast(values, cfg.param_dtype, name)
 
@@ -63,9 +63,8 @@ def write_random_hub_weights(cfg: ModelConfig, folder: str | Path, seed: int = 0
     (folder / HUB_INDEX).unlink(missing_ok=True)  # written last: where it is, the weights are whole
     tensors = published_tensors(random_weights(cfg, seed), cfg)
     ends = list(accumulate(spec.nbytes for spec in tensors.specs.values()))
-    first = [name for name, end in zip(tensors, ends, strict=True) if 2 * (end - tensors.specs[name].nbytes) < ends[-1]]
-    shards = {"model-00001-of-00002.safetensors": first,  # cut in the middle, counted in bytes
-              "model-00002-of-00002.safetensors": [name for name in tensors if name not in first]}
+    middle = next(end for end in ends if 2 * end >= ends[-1])  # bytes, of whole tensors
+    shards = cut_into_shards(tensors.specs, middle, ".safetensors")
     for file, names in shards.items():
         write_safetensors(folder / file, tensors.select(names), tensors.metadata)
     atomic_write(folder / "config.json", json.dumps(cfg.to_hf(), indent=2) + "\n")

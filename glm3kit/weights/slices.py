@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from glm3kit.config.groups import ModelConfig
+from glm3kit.weights.names import fused_rows, parameter_shapes
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Slicing:
     unit: int = 1
 
     def ranges(self, rank: int, ranks: int) -> list[tuple[int, int]]:
-        """Where the slice of one of `ranks` ranks lies in the whole: (first, end) of each segment's part."""
+        """Where the slice of one of `ranks` ranks lies in the whole: (first, end) in each segment."""
         result, start = [], 0
         for length in self.segments:
             units = length // self.unit
@@ -34,11 +35,11 @@ class Slicing:
             start += length
         return result
 
-    def part(self, values: np.ndarray, rank: int, ranks: int) -> np.ndarray:
+    def slice_of(self, values: np.ndarray, rank: int, ranks: int) -> np.ndarray:
         """The slice of one of `ranks` ranks."""
-        parts = [values[first:end] if self.axis == 0 else values[:, first:end]
-                 for first, end in self.ranges(rank, ranks)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, self.axis)
+        held = [values[first:end] if self.axis == 0 else values[:, first:end]
+                for first, end in self.ranges(rank, ranks)]
+        return held[0] if len(held) == 1 else np.concatenate(held, self.axis)
 
 
 def copies_of(cut: Slicing | None, ranks: int) -> tuple[int, int]:
@@ -57,19 +58,28 @@ def slicing(name: str, cfg: ModelConfig) -> Slicing | None:
     leave by their inputs, embedding and output layer by words. Where there are more ranks than key/value groups,
     several ranks hold the same group. An adapter's A is cut where W's inputs are, its B where W's outputs are.
     """
-    head, ffn = cfg.kv_channels, cfg.ffn_hidden_size
-    queries, keys = cfg.num_attention_heads * head, cfg.multi_query_group_num * head
+    head, ffn, rows = cfg.kv_channels, cfg.ffn_hidden_size, fused_rows(cfg)
     by_inputs = "self_attention.dense" in name or "dense_4h_to_h" in name
     if name.endswith(("lora_alpha", "lora_b" if by_inputs else "lora_a")):
         return None
     if "query_key_value" in name:
-        return Slicing(0, (queries, keys, keys), unit=head)
+        return Slicing(0, rows, unit=head)
     if "dense_h_to_4h" in name:
         return Slicing(0, (ffn, ffn))
     if "self_attention.dense" in name:
-        return Slicing(1, (queries,), unit=head)
+        return Slicing(1, rows[:1], unit=head)
     if "dense_4h_to_h" in name:
         return Slicing(1, (ffn,))
     if "embedding_table" in name or "output_layer" in name:
         return Slicing(0, (cfg.padded_vocab_size,))
     return None
+
+
+def slice_shapes(cfg: ModelConfig, ranks: int = 1) -> dict[str, tuple[int, ...]]:
+    """The shape of what one of `ranks` tensor-parallel ranks holds of every parameter, in the order of the model."""
+    shapes = parameter_shapes(cfg)
+    for name, shape in shapes.items():
+        if cut := slicing(name, cfg):
+            held = sum(end - first for first, end in cut.ranges(0, ranks))
+            shapes[name] = (*shape[:cut.axis], held, *shape[cut.axis + 1:])
+    return shapes

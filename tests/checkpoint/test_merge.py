@@ -36,7 +36,7 @@ def sharded(tmp_path):
         parts = {}
         for name in WEIGHTS:
             cut = slicing(name, TINY)
-            parts[name] = cut.part(WEIGHTS[name], rank, 2) if cut else WEIGHTS[name]
+            parts[name] = cut.slice_of(WEIGHTS[name], rank, 2) if cut else WEIGHTS[name]
         write_safetensors(folder / f"rank_{rank}.safetensors", parts)
     (folder.parent / "complete.json").write_text("{}")
     write_strategy(job / "strategy" / "strategy.json", weight_layouts(ChatGLM3(TINY), Topology(0, 1, 2)))
@@ -60,13 +60,13 @@ def test_merged_weights_may_be_a_folder_of_files_up_to_a_size(sharded, tmp_path)
         np.testing.assert_array_equal(merged[parameter], WEIGHTS[parameter], parameter)
 
 
-def test_pieces_that_are_written_are_the_whole_bit_by_bit(sharded, monkeypatch):
-    monkeypatch.setattr("glm3kit.checkpoint.layout.PIECE", 96)  # bytes: a row or two
+def test_blocks_that_are_written_are_the_whole_bit_by_bit(sharded, monkeypatch):
+    monkeypatch.setattr("glm3kit.checkpoint.layout.BLOCK", 96)  # bytes: a row or two
     merged = merged_tensors(sharded)
     for parameter in WEIGHTS:
-        pieces = list(merged.pieces(parameter))
-        np.testing.assert_array_equal(np.concatenate(pieces), WEIGHTS[parameter].reshape(-1), parameter)
-    assert len(list(merged.pieces("transformer.output_layer.weight"))) == 64
+        blocks = list(merged.blocks(parameter))
+        np.testing.assert_array_equal(np.concatenate(blocks), WEIGHTS[parameter].reshape(-1), parameter)
+    assert len(list(merged.blocks("transformer.output_layer.weight"))) == 64
 
 
 def test_a_checkpoint_and_a_folder_of_shards_merge_like_their_job(sharded):
@@ -81,7 +81,7 @@ def test_a_checkpoint_and_a_folder_of_shards_merge_like_their_job(sharded):
 
 def test_a_missing_rank_is_named(sharded):
     (newest_checkpoint(sharded) / "model" / "rank_1.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"missing: rank 1, for pieces of 12 parameters"):
+    with pytest.raises(CheckpointError, match=r"missing: rank 1, for shares of 12 parameters"):
         merged_tensors(sharded)
 
 
@@ -111,7 +111,7 @@ def test_slices_of_unequal_shape_are_an_error(sharded):
     parts = dict(read_weights(path))
     parts["transformer.output_layer.weight"] = parts["transformer.output_layer.weight"][:-1]
     write_safetensors(path, parts)
-    with pytest.raises(CheckpointError, match=r"output_layer.weight': pieces .*32, 16\], .*31, 16\]\] differ"):
+    with pytest.raises(CheckpointError, match=r"output_layer.weight': shares .*32, 16\], .*31, 16\]\] differ"):
         merged_tensors(sharded)
 
 
@@ -140,7 +140,7 @@ STRATEGY = {  # data parallel 2 x model parallel 2; what is not cut is shared by
     "norm": ([-1], 1, 4)}
 
 
-def pieces_of(rank):
+def shares_of(rank):
     """What a rank holds of `WHOLE`: its slice by model parallelism (the embedding's by data), then its shard of it."""
     data, model = divmod(rank, 2)
     halves = {"embedding": np.split(WHOLE["embedding"], 2)[data], "dense": np.split(WHOLE["dense"], 2)[model],
@@ -170,9 +170,9 @@ def mindformers(request, tmp_path):
         folder = tmp_path / "checkpoint" / f"rank_{rank}"
         folder.mkdir(parents=True)
         for step in (9, 10):  # in the order of texts, 9 is the last
-            pieces = {name: values if step == 10 else -values for name, values in pieces_of(rank).items()}
-            pieces |= {f"adam_m.{name}": values for name, values in pieces.items()} | {"global_step": np.array([step])}
-            ms.save_checkpoint([{"name": name, "data": ms.Tensor(values)} for name, values in pieces.items()],
+            shares = {name: values if step == 10 else -values for name, values in shares_of(rank).items()}
+            shares |= {f"adam_m.{name}": values for name, values in shares.items()} | {"global_step": np.array([step])}
+            ms.save_checkpoint([{"name": name, "data": ms.Tensor(values)} for name, values in shares.items()],
                                str(folder / f"glm3_rank_{rank}-1_{step}.{request.param}"), format=request.param)
     return tmp_path
 
@@ -196,7 +196,7 @@ def test_a_rank_folder_without_the_newest_checkpoint_makes_the_one_before_be_tak
     next((mindformers / "checkpoint/rank_2").glob("*-1_10.*")).unlink()
     np.testing.assert_array_equal(merged_tensors(mindformers)["norm"], -WHOLE["norm"])
     next((mindformers / "checkpoint/rank_2").glob("*-1_9.*")).unlink()
-    with pytest.raises(CheckpointError, match="missing: rank 2, for pieces of 4 parameters"):
+    with pytest.raises(CheckpointError, match="missing: rank 2, for shares of 4 parameters"):
         merged_tensors(mindformers)
 
 

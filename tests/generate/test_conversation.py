@@ -9,7 +9,7 @@ from glm3kit.config.groups import LoraConfig, ModelConfig, TrainConfig
 from glm3kit.errors import ConfigError, Glm3KitError, PromptError
 from glm3kit.generate.decoder import Decoder
 from glm3kit.model.chatglm3 import ChatGLM3
-from glm3kit.train.run import fit
+from glm3kit.train.trainer import fit
 from glm3kit.weights.random import random_weights
 
 SETTINGS = {"max_new_tokens": 6, "eos_token_id": []}

@@ -8,8 +8,8 @@ from glm3kit.config.groups import LoraConfig, ModelConfig, TrainConfig
 from glm3kit.model.adapter import Dropout, mask_key, set_key
 from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.parallel import ALONE, Topology
-from glm3kit.train.run import Trainer
 from glm3kit.train.saving import load_checkpoint, save_checkpoint
+from glm3kit.train.trainer import Trainer
 
 CFG = ModelConfig(num_layers=2, padded_vocab_size=64, hidden_size=32, ffn_hidden_size=48, kv_channels=8,
                   num_attention_heads=4, seq_length=16, param_dtype="float32", compute_dtype="float32")

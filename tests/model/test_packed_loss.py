@@ -9,7 +9,7 @@ from glm3kit.config.groups import ModelConfig, TrainConfig
 from glm3kit.data.batches import Batches
 from glm3kit.data.token_file import CONVERSATION, EncodedRows, write_token_file
 from glm3kit.model.chatglm3 import ChatGLM3
-from glm3kit.train.run import fit
+from glm3kit.train.trainer import fit
 
 WINDOW = 24
 CONFIG = ModelConfig(num_layers=2, padded_vocab_size=64, hidden_size=32, ffn_hidden_size=48, kv_channels=8,

@@ -8,7 +8,7 @@ from support import ROOT
 from glm3kit.config.groups import TrainConfig
 from glm3kit.config.load import load_config
 from glm3kit.model.chatglm3 import ChatGLM3
-from glm3kit.train.run import Trainer
+from glm3kit.train.trainer import Trainer
 
 NEEDED = 14e9  # bytes: 0.74 billion float32 weights, their gradients and two moments
 

@@ -11,8 +11,8 @@ from glm3kit.errors import CheckpointError
 from glm3kit.weights.convert import convert_weights
 from glm3kit.weights.formats.torch import read_torch
 from glm3kit.weights.names import INV_FREQ, parameter_shapes
-from glm3kit.weights.read import published_tensors
 from glm3kit.weights.tensors import Tensors, TensorSpec, cast
+from glm3kit.weights.write import published_tensors
 
 pytestmark = pytest.mark.peers
 
@@ -31,7 +31,7 @@ def assert_equal(tensors: Tensors, loaded: dict, torch) -> None:
         assert tensors.specs[name] == (str(expected.dtype).removeprefix("torch."), tuple(expected.shape))
         values = expected.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         assert np.ascontiguousarray(tensors[name]).tobytes() == values
-        assert b"".join(piece.tobytes() for piece in tensors.pieces(name)) == values
+        assert b"".join(block.tobytes() for block in tensors.blocks(name)) == values
 
 
 # PyTorch's files

@@ -35,9 +35,10 @@ BUSY_S = 120  # for what takes ten seconds on an idle machine
 # A rank that raises at its third step if it is the second.
 RAISING = '''
 import sys
-from glm3kit.config.groups import load_config
+from glm3kit.config.load import load_config
 from glm3kit.jobs.process import rank_process
-from glm3kit.train.run import Trainer, run_rank
+from glm3kit.train.run import run_rank
+from glm3kit.train.trainer import Trainer
 
 advance, steps = Trainer.advance, []
 

@@ -3,19 +3,18 @@
 import numpy as np
 import pytest
 from mindspore import Tensor
-from support import ROOT, next_token_labels
+from support import ROOT, golden_net, next_token_labels
 
 from glm3kit.checkpoint.merge import merge
-from glm3kit.config.groups import LoraConfig, ModelConfig, RunConfig, TrainConfig
+from glm3kit.config.groups import LoraConfig, RunConfig, TrainConfig
 from glm3kit.config.load import load_config
 from glm3kit.errors import CheckpointError, ConfigError
-from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.model.held_out import HeldOutLoss
 from glm3kit.model.load import load_weights
 from glm3kit.parallel import ALONE
 from glm3kit.train.lora import add_adapters, merge_adapters, save_adapters
-from glm3kit.train.run import Trainer, fit
 from glm3kit.train.saving import load_checkpoint, save_checkpoint
+from glm3kit.train.trainer import Trainer, fit
 from glm3kit.weights.adapters import fold_adapters
 from glm3kit.weights.formats.safetensors import read_safetensors
 from glm3kit.weights.names import parameter_shapes
@@ -40,24 +39,22 @@ def train_config(reference) -> TrainConfig:
                        betas=(0.9, 0.95), lora=lora_config(reference))
 
 
-def pretrained(golden) -> ChatGLM3:
-    net = ChatGLM3(ModelConfig.from_hf(golden / "hf/config.json", param_dtype="float32", compute_dtype="float32"))
-    load_weights(net, golden / "hf")
-    return net
-
-
 def weights_of(net) -> dict[str, np.ndarray]:
     return {name: p.asnumpy().copy() for name, p in net.parameters_dict().items()}
 
 
-@pytest.fixture(scope="module")
-def trained(golden, reference):
-    """The model after the reference's ten steps, its weights before, and what was recorded."""
-    net = pretrained(golden)
-    before = weights_of(net)
-    add_adapters(net, lora_config(reference))
+def add_reference_adapters(net, reference, **changes):
+    add_adapters(net, lora_config(reference, **changes))
     for layer in range(net.cfg.num_layers):
         net.parameters_dict()[QKV.format(layer) + ".lora_a"].asnumpy()[:] = reference[f"lora_a.{layer}"]
+
+
+@pytest.fixture(scope="module")
+def trained(reference):
+    """The model after the reference's ten steps, its weights before, and what was recorded."""
+    net = golden_net()
+    before = weights_of(net)
+    add_reference_adapters(net, reference)
     batches = [(ids, next_token_labels(ids)) for ids in reference["input_ids"]]
     return net, before, fit(net, batches, train_config(reference))
 
@@ -82,7 +79,7 @@ def test_folded_weights_equal_the_reference_and_give_the_same_logits(trained, go
     file = save_adapters(net, tmp_path / "adapters.safetensors")
     assert file.stat().st_size < 20_000, "adapters alone"
 
-    loaded = pretrained(golden)
+    loaded = golden_net()
     load_weights(loaded, golden / "hf", adapters=file)
     folded = weights_of(loaded)
     assert {name: array.shape for name, array in folded.items()} == parameter_shapes(net.cfg)
@@ -90,7 +87,7 @@ def test_folded_weights_equal_the_reference_and_give_the_same_logits(trained, go
         np.testing.assert_allclose(folded[QKV.format(layer) + ".weight"], reference[f"merged_qkv.{layer}"], atol=2e-5)
     np.testing.assert_allclose(loaded(ids).asnumpy(), beside, atol=1e-4)
 
-    adapted = pretrained(golden)
+    adapted = golden_net()
     add_adapters(adapted, lora_config(reference))
     for name, parameter in adapted.parameters_dict().items():
         parameter.copy_(net.parameters_dict()[name])
@@ -109,26 +106,30 @@ def test_generation_uses_the_adapters(trained, golden, reference):
     assert logits[7:15].argmax(axis=1).tolist() == answer[8:].tolist()
 
 
-@pytest.mark.parametrize("adapters_only", [False, True])
-def test_a_checkpoint_goes_on_and_merges_by_itself(adapters_only, golden, reference, tmp_path):
-    lora = lora_config(reference, adapters_only=adapters_only, targets=("query_key_value", "dense_4h_to_h"))
+@pytest.fixture(scope="module")
+def fresh(reference, restartable):
+    """Start training adapters on two matrices a layer."""
+    lora = lora_config(reference, targets=("query_key_value", "dense_4h_to_h"))
     config = train_config(reference).model_copy(update={"lora": lora})
-    batches = [(ids, next_token_labels(ids)) for ids in reference["input_ids"][:4]]
+    return restartable(Trainer(golden_net(), config, total_steps=4))
 
-    net = pretrained(golden)
-    trainer = Trainer(net, config, 4)
+
+@pytest.mark.parametrize("adapters_only", [False, True])
+def test_a_checkpoint_goes_on_and_merges_by_itself(adapters_only, fresh, golden, reference, tmp_path):
+    lora = lora_config(reference, adapters_only=adapters_only, targets=("query_key_value", "dense_4h_to_h"))
+    batches = [(ids, next_token_labels(ids)) for ids in reference["input_ids"][:2]]
+    trainer = fresh(lora=lora)
+    net, config = trainer.net, trainer.config
     trainer.advance(batches[:1])
     path = save_checkpoint(tmp_path / "job", net, trainer, ALONE, keep=1)
-    folded = pretrained(golden)
+    folded = golden_net()
     load_weights(folded, golden / "hf", adapters=tmp_path / "job")
     size = (path / "model/rank_0.safetensors").stat().st_size
     assert size < 30_000 if adapters_only else size > 400_000
-    expected = trainer.advance(batches[1:2])["loss"]
+    expected = trainer.advance(batches[1:])["loss"]
 
-    again = pretrained(golden)
-    trainer = Trainer(again, config, 4)
-    load_checkpoint(path, again, trainer, ALONE)
-    assert trainer.advance(batches[1:2])["loss"] == expected
+    load_checkpoint(path, net, fresh(lora=lora), ALONE)
+    assert trainer.advance(batches[1:])["loss"] == expected
 
     if adapters_only:
         with pytest.raises(CheckpointError, match="adapters alone, and no config.yaml"):
@@ -159,17 +160,16 @@ def test_adapters_of_other_settings_or_another_model_are_refused(trained, golden
         load_weights(net, golden / "hf", adapters=golden / "hf/model-00001-of-00002.safetensors")
 
 
-def test_dropout_changes_training_and_not_what_is_measured(golden, reference):
+def test_dropout_changes_training_and_not_what_is_measured(trained, reference):
     batches = [(ids, next_token_labels(ids)) for ids in reference["input_ids"][:3]]
-    losses, held_out = {}, []
-    for dropout in (0.0, 0.5):
-        net = pretrained(golden)
-        config = train_config(reference).model_copy(update={"lora": lora_config(reference, dropout=dropout)})
-        losses[dropout] = [record["loss"] for record in fit(net, batches, config)]
-        held_out = [HeldOutLoss(net).mean(batches) for _ in range(2)]
-    assert losses[0.0][0] == pytest.approx(losses[0.5][0], rel=1e-6), "B is zero at first"
-    assert losses[0.0][2] != losses[0.5][2] == pytest.approx(losses[0.0][2], rel=0.05)
-    assert held_out[0] == held_out[1]
+    net = golden_net()
+    add_reference_adapters(net, reference, dropout=0.5)
+    config = train_config(reference).model_copy(update={"lora": lora_config(reference, dropout=0.5)})
+    dropped, kept = fit(net, batches, config), trained[2]
+    assert kept[0]["loss"] == pytest.approx(dropped[0]["loss"], rel=1e-6), "B is zero at first"
+    assert kept[2]["loss"] != dropped[2]["loss"] == pytest.approx(kept[2]["loss"], rel=0.05)
+    measure = HeldOutLoss(net)
+    assert measure.mean(batches) == measure.mean(batches)
 
 
 def test_adapters_without_weights_to_fold_them_into_are_a_fault_of_the_configuration():

@@ -82,14 +82,14 @@ def test_arrays_are_views_of_the_file(merged):
     assert not array.flags.owndata and not array.flags.writeable
 
 
-def test_a_transposed_tensor_reads_transposed_at_once_and_in_pieces(spoiled, published, monkeypatch):
+def test_a_transposed_tensor_reads_transposed_at_once_and_in_blocks(spoiled, published, monkeypatch):
     tensors = read_torch(spoiled(WINDOW, b"K\x00K@M\x00\x02\x86q\x08K\x01K@\x86"))
     assert tensors.specs[EMBEDDING].shape == (64, 512)
     np.testing.assert_array_equal(tensors[EMBEDDING], published[EMBEDDING].T)
-    monkeypatch.setattr("glm3kit.weights.tensors.PIECE", 5000)
-    pieces = list(tensors.pieces(EMBEDDING))
-    assert len(pieces) > 10
-    np.testing.assert_array_equal(np.concatenate(pieces), published[EMBEDDING].T.reshape(-1))
+    monkeypatch.setattr("glm3kit.weights.tensors.BLOCK", 5000)
+    blocks = list(tensors.blocks(EMBEDDING))
+    assert len(blocks) > 10
+    np.testing.assert_array_equal(np.concatenate(blocks), published[EMBEDDING].T.reshape(-1))
 
 
 def test_a_window_of_a_storage_is_that_window(spoiled, published):

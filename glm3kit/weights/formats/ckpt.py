@@ -15,36 +15,25 @@ import numpy as np
 
 from glm3kit.errors import CheckpointError
 from glm3kit.files import StreamedFile, atomic_path
-from glm3kit.weights.formats.protobuf import BYTES, VARINT, Damaged, field_head, fields, varint
-from glm3kit.weights.tensors import DTYPES, Tensors, TensorSpec, cut, raw_bytes
+from glm3kit.weights.formats.protobuf import BYTES, VARINT, Damaged, field_head, fields, varints
+from glm3kit.weights.tensors import DTYPES, Tensors, TensorSpec, cut, map_file, raw_bytes
 
 TYPES = {"float64": "Float64", "float32": "Float32", "float16": "Float16", "bfloat16": "BFloat16", "int64": "Int64",
          "int32": "Int32", "int16": "Int16", "int8": "Int8", "uint64": "UInt64", "uint32": "UInt32",
          "uint16": "UInt16", "uint8": "UInt8", "bool": "Bool"}
 NAMES = {text: name for name, text in TYPES.items()}
-SLICE = 512 << 20  # bytes of content a message, MindSpore's own limit
+MESSAGE = 512 << 20  # bytes of content a message, MindSpore's own limit
 CRC_TAIL = 17  # bytes: "crc_num" and the number
-
-
-def _text(data: mmap.mmap, start: int, end: int) -> str:
-    try:
-        return data[start:end].decode("utf-8")
-    except UnicodeDecodeError as err:
-        raise Damaged(f"no text at byte {start}") from err
 
 
 def _tensor(data: mmap.mmap, start: int, end: int) -> tuple[str, tuple[int, ...], int, int]:
     """Read a TensorProto: (type, shape, first byte of the content, byte after the last)."""
     dims, dtype, content = [], None, None
     for field, first, last in fields(data, start, end):
-        if field == 1 and last:  # dims packed into one field
-            while first < last:
-                dim, first = varint(data, first, last)
-                dims.append(dim)
-        elif field == 1:
-            dims.append(first)
+        if field == 1:
+            dims += varints(data, first, last) if last else [first]
         elif field == 2:
-            dtype = _text(data, first, last)
+            dtype = data[first:last].decode("utf-8")
         elif field == 3:
             content = first, last
     if dtype is None or content is None:
@@ -60,7 +49,7 @@ def _values(data: mmap.mmap, end: int) -> Iterator[tuple[str, str, tuple[int, ..
         tag, tensor = None, None
         for inner, first, last in fields(data, start, stop):
             if inner == 1:
-                tag = _text(data, first, last)
+                tag = data[first:last].decode("utf-8")
             elif inner == 2:
                 tensor = _tensor(data, first, last)
         if tag is None or tensor is None:
@@ -69,78 +58,67 @@ def _values(data: mmap.mmap, end: int) -> Iterator[tuple[str, str, tuple[int, ..
 
 
 def _directory(data: mmap.mmap) -> tuple[dict[str, TensorSpec], dict[str, list[tuple[int, int]]], dict[str, str]]:
-    """What the file holds: specs, places (a list of pieces each), and the values that are text."""
+    """What the file holds: specs, places (first byte and end of the content of each message), values that are text."""
     end = len(data)
     if data[end - CRC_TAIL:end - CRC_TAIL + 7] == b"crc_num":
         end -= CRC_TAIL
     specs: dict[str, TensorSpec] = {}
-    pieces: dict[str, list[tuple[int, int]]] = {}
+    places: dict[str, list[tuple[int, int]]] = {}
     texts: dict[str, str] = {}
     last_tag = None
     for tag, dtype, dims, first, last in _values(data, end):
-        if dtype == "str":  # NumPy's text: 4 bytes a character
-            try:
-                texts[tag] = data[first:last].decode("utf-32-le")
-            except UnicodeDecodeError as err:
-                raise Damaged(f"no text at byte {first}") from err
+        if dtype == "str":
+            texts[tag] = data[first:last].decode("utf-32-le")  # NumPy's text: 4 bytes a character
         elif dtype not in NAMES:
             raise Damaged(f"'{tag}' has type {dtype!r}; read are {', '.join(NAMES)}")
         elif tag in specs and tag != last_tag:
             raise Damaged(f"'{tag}' stands twice, the second time at byte {first}")
         else:
             specs[tag] = TensorSpec(NAMES[dtype], () if dims == (0,) else dims)  # 0 is how it writes a scalar
-            pieces.setdefault(tag, []).append((first, last))
+            places.setdefault(tag, []).append((first, last))
         last_tag = tag
     for tag, spec in specs.items():
-        found = sum(last - first for first, last in pieces[tag])
+        found = sum(last - first for first, last in places[tag])
         if found != spec.nbytes:
             raise Damaged(f"'{tag}' of type {spec.dtype} and shape {list(spec.shape)} needs {spec.nbytes} bytes, "
                            f"it has {found}")
     if not specs:
         raise Damaged("it holds no tensor")
-    return specs, pieces, texts
+    return specs, places, texts
 
 
 def read_ckpt(path: str | Path) -> Tensors:
     """Open a .ckpt file: types and shapes at once, a tensor's bytes when it is asked for.
 
-    The arrays are read-only views of the mapped file, but for those in several pieces. `metadata` are the values that
+    The arrays are read-only views of the mapped file, but for those in several messages. `metadata` are the values that
     are text. Nothing is executed: the form holds numbers and text only.
     Raises CheckpointError for a file that is cut off, damaged, encrypted or no .ckpt.
     """
     path = Path(path)
     try:
-        if not path.stat().st_size:
-            raise Damaged("it is empty")
-        with path.open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        specs, pieces, texts = _directory(data)
-    except OSError as err:
-        raise CheckpointError(f"{path}: cannot be read: {err.strerror}") from err
-    except Damaged as err:
+        data = map_file(path)
+        specs, places, texts = _directory(data)
+    except ValueError as err:
         raise CheckpointError(f"{path}: no MindSpore checkpoint, or a damaged or encrypted one: {err}; "
                               "get it again, or save it without encryption") from err
 
     def read(name: str) -> np.ndarray:
         dtype, shape = DTYPES[specs[name].dtype], specs[name].shape
-        if len(pieces[name]) == 1:
-            return np.ndarray(shape, dtype, data, pieces[name][0][0])
-        whole = np.empty(specs[name].nbytes, np.uint8)
-        position = 0
-        for first, last in pieces[name]:
-            whole[position:position + last - first] = np.frombuffer(data, np.uint8, last - first, first)
-            position += last - first
-        return whole.view(dtype).reshape(shape)
+        (first, last), *others = places[name]
+        if not others:
+            return np.ndarray(shape, dtype, data, first)
+        contents = [np.frombuffer(data, np.uint8, last - first, first) for first, last in places[name]]
+        return np.concatenate(contents).view(dtype).reshape(shape)
 
-    def in_pieces(name: str) -> Iterator[np.ndarray]:
+    def blocks(name: str) -> Iterator[np.ndarray]:
         dtype = DTYPES[specs[name].dtype]
-        if any((last - first) % dtype.itemsize for first, last in pieces[name]):
+        if any((last - first) % dtype.itemsize for first, last in places[name]):
             yield from cut(read(name))
         else:
-            for first, last in pieces[name]:
+            for first, last in places[name]:
                 yield from cut(np.ndarray((last - first) // dtype.itemsize, dtype, data, first))
 
-    return Tensors(specs, read, texts, in_pieces)
+    return Tensors(specs, read, texts, blocks)
 
 
 def _head(name: str, spec: TensorSpec, size: int) -> bytes:
@@ -160,14 +138,13 @@ def write_ckpt(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
     tensors = Tensors.of(tensors)
     with atomic_path(path) as temporary, StreamedFile(temporary) as file:
         for name, spec in tensors.specs.items():
-            left, room = spec.nbytes, min(spec.nbytes, SLICE)  # bytes of the tensor, and of this message
+            left, room = spec.nbytes, min(spec.nbytes, MESSAGE)  # bytes of the tensor, and of this message
             file.write(_head(name, spec, room))
-            for content in map(raw_bytes, tensors.pieces(name)):
+            for content in map(raw_bytes, tensors.blocks(name)):
                 while content:
                     if not room:
-                        room = min(left, SLICE)
+                        room = min(left, MESSAGE)
                         file.write(_head(name, spec, room))
-                    part = content[:room]
-                    file.write(part)
-                    room, left, content = room - len(part), left - len(part), content[len(part):]
+                    written = file.write(content[:room])
+                    room, left, content = room - written, left - written, content[written:]
             assert not left, f"{name} has the bytes that its spec says"

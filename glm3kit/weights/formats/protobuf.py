@@ -12,7 +12,7 @@ VARINT, BYTES = 0, 2  # wire types
 FIXED = {1: 8, 5: 4}  # those of fixed numbers, and their bytes
 
 
-class Damaged(Exception):
+class Damaged(ValueError):
     """The bytes are not what such a message has at this place."""
 
 
@@ -51,6 +51,15 @@ def fields(data: mmap | bytes, position: int, end: int) -> Iterator[tuple[int, i
         else:
             raise Damaged(f"no field of a tensor at byte {position}")
         position = after
+
+
+def varints(data: mmap | bytes, position: int, end: int) -> list[int]:
+    """The numbers that are packed into one field."""
+    numbers = []
+    while position < end:
+        number, position = varint(data, position, end)
+        numbers.append(number)
+    return numbers
 
 
 def _number(value: int) -> bytes:

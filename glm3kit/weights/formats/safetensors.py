@@ -10,12 +10,13 @@ import json
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from glm3kit.errors import CheckpointError
 from glm3kit.files import StreamedFile, atomic_path
-from glm3kit.weights.tensors import DTYPES, Tensors, TensorSpec, raw_bytes
+from glm3kit.weights.tensors import DTYPES, Tensors, TensorSpec, map_file, raw_bytes
 
 CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
          "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL"}
@@ -23,23 +24,48 @@ NAMES = {code: name for name, code in CODES.items()}
 MAX_HEADER = 100_000_000  # bytes; the limit of the original reader
 
 
-def _spec(path: Path, name: str, entry: object) -> tuple[TensorSpec, int, int]:
-    """Check one entry of the header: type and shape, first and last byte."""
+def _spec(name: str, entry: object) -> tuple[TensorSpec, int, int]:
+    """An entry of the header: type and shape, first byte of the content, byte after the last; ValueError for none."""
     try:
         code, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        numbers_fit = all(type(number) is int and number >= 0 for number in (*shape, start, end))
-    except (TypeError, KeyError, ValueError):
-        numbers_fit = False
-    if not numbers_fit:
-        raise CheckpointError(f"{path}: tensor '{name}': the header says {entry!r}, expected dtype, shape and "
-                              "data_offsets; the file is damaged, get it again")
+        if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+            raise ValueError("a number below zero, or none")
+    except (TypeError, KeyError, ValueError) as err:
+        raise ValueError(f"tensor '{name}': the header says {entry!r}, expected dtype, shape and data_offsets") from err
     if code not in NAMES:
-        raise CheckpointError(f"{path}: tensor '{name}' has type {code!r}; read are {', '.join(NAMES)}")
+        raise ValueError(f"tensor '{name}' has type {code!r}; read are {', '.join(NAMES)}")
     spec = TensorSpec(NAMES[code], tuple(shape))
     if end - start != spec.nbytes:
-        raise CheckpointError(f"{path}: tensor '{name}' of type {code} and shape {list(shape)} needs {spec.nbytes} "
-                              f"bytes, its place in the file has {end - start}; the file is damaged, get it again")
+        raise ValueError(f"tensor '{name}' of type {code} and shape {list(shape)} needs {spec.nbytes} bytes, its place "
+                         f"in the file has {end - start}")
     return spec, start, end
+
+
+def _header(data: mmap.mmap) -> tuple[dict[str, Any], int]:
+    """The content of the header and the byte after it."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(len(data) - 8, MAX_HEADER):
+        raise ValueError(f"{len(data)} bytes, the first 8 of which say that a header of {length} bytes follows")
+    try:
+        header = json.loads(data[8:8 + length])
+    except (ValueError, RecursionError) as err:
+        raise ValueError(f"its header is no JSON ({err})") from err
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
+        raise ValueError(f"its header begins {str(header)[:60]!r}, expected names and places of tensors")
+    return header, 8 + length
+
+
+def _places(header: Mapping[str, Any], begin: int, size: int) -> dict[str, tuple[TensorSpec, int]]:
+    """Type and shape of every tensor, and its first byte: one after the other, they fill the file."""
+    places, position = {}, begin
+    entries = [(name, *_spec(name, entry)) for name, entry in header.items()]
+    for name, spec, start, end in sorted(entries, key=lambda entry: entry[2:]):
+        if begin + start != position:
+            raise ValueError(f"tensor '{name}' starts at byte {start}, the one before it ends at {position - begin}")
+        places[name], position = (spec, position), begin + end
+    if position != size:
+        raise ValueError(f"{size} bytes, its header describes {position}")
+    return places
 
 
 def read_safetensors(path: str | Path) -> Tensors:
@@ -50,48 +76,26 @@ def read_safetensors(path: str | Path) -> Tensors:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = path.stat().st_size
-            if size < 8 or length > min(size - 8, MAX_HEADER):
-                raise CheckpointError(f"{path}: {size} bytes, the first 8 of which say that a header of {length} bytes "
-                                      "follows; the file is cut off or no safetensors file, get it again")
-            header = json.loads(file.read(length))
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as err:
-        raise CheckpointError(f"{path}: cannot be read: {err.strerror}") from err
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as err:
-        raise CheckpointError(f"{path}: its header is no JSON ({err}); the file is damaged, get it again") from err
-    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
-    if not isinstance(metadata, dict):
-        raise CheckpointError(f"{path}: its header begins {str(header)[:60]!r}, expected names and places of tensors; "
-                              "the file is damaged, get it again")
-
-    begin, position = 8 + length, 0
-    specs, places = {}, {}
-    entries = [(name, *_spec(path, name, entry)) for name, entry in header.items()]
-    for name, spec, start, end in sorted(entries, key=lambda entry: entry[2:]):
-        if start != position:
-            raise CheckpointError(f"{path}: tensor '{name}' starts at byte {start}, the one before it ends at "
-                                  f"{position}; the file is damaged, get it again")
-        specs[name], places[name], position = spec, begin + start, end
-    if begin + position != size:
-        raise CheckpointError(f"{path}: {size} bytes, its header describes {begin + position}; "
-                              "the file is cut off or damaged, get it again")
+        data = map_file(path)
+        header, begin = _header(data)
+        metadata = header.pop("__metadata__", {})
+        places = _places(header, begin, len(data))
+    except ValueError as err:
+        raise CheckpointError(f"{path}: {err}; the file is damaged, cut off or no safetensors file, get it again"
+                              ) from err
 
     def read(name: str) -> np.ndarray:
-        return np.ndarray(specs[name].shape, DTYPES[specs[name].dtype], mapped, places[name])
+        spec, first = places[name]
+        return np.ndarray(spec.shape, DTYPES[spec.dtype], data, first)
 
-    return Tensors(specs, read, metadata)
+    return Tensors({name: spec for name, (spec, _) in places.items()}, read, metadata)
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray],
-                      metadata: Mapping[str, str] | None = None) -> None:
+                      metadata: Mapping[str, str] | None = None) -> Path:
     """Write tensors to a .safetensors file, whole or not at all; lazy `Tensors` are read one at a time.
 
-    metadata: text for the header, such as {"format": "ms"}.
+    metadata: text for the header, such as {"format": "ms"}. Returns the path.
     Example: write_safetensors("model.safetensors", {"a.weight": np.zeros((2, 3), np.float16)})
     """
     tensors = Tensors.of(tensors)
@@ -109,6 +113,7 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray],
     with atomic_path(path) as temporary, StreamedFile(temporary) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            for piece in tensors.pieces(name):
-                file.write(raw_bytes(piece))
+            for block in tensors.blocks(name):
+                file.write(raw_bytes(block))
         assert file.tell() == 8 + len(text) + position, "every tensor has the bytes that its spec says"
+    return Path(path)

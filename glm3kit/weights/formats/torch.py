@@ -16,7 +16,7 @@ import numpy as np
 
 from glm3kit.errors import CheckpointError
 from glm3kit.weights.formats.torch_pickle import Refused, Storage, TensorRef, read_state_dict, read_value
-from glm3kit.weights.tensors import DTYPES, Tensors
+from glm3kit.weights.tensors import DTYPES, Tensors, map_file
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_VERSION = 1001
@@ -131,16 +131,11 @@ def read_torch(path: str | Path) -> Tensors:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            if not path.stat().st_size:
-                raise Refused("it is empty")
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        data = map_file(path)
         refs, places = (_open_zip if data[:4] == b"PK\x03\x04" else _open_legacy)(data)
         for name, ref in refs.items():
             _check_window(name, ref, places[ref.storage.key][1])
-    except OSError as err:
-        raise CheckpointError(f"{path}: cannot be read: {err.strerror}") from err
-    except Refused as err:
+    except ValueError as err:
         raise CheckpointError(f"{path}: not read, for it is no state_dict of PyTorch, or a damaged one: {err}; get it "
                               "again, or take the .safetensors of the model") from err
 

@@ -27,7 +27,7 @@ EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
 
 
-class Refused(Exception):
+class Refused(ValueError):
     """What the pickle holds beside tensors, or what is no pickle of PyTorch."""
 
 
