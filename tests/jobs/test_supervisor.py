@@ -149,7 +149,7 @@ def two_ranks(tmp_path):
 
 def leave_record(folder, name, exit_code, error="ValueError: boom"):
     """The record that a process leaves when it has worked or failed."""
-    time.sleep(0.002)  # what happened before happened earlier, and
+    time.sleep(0.002)  # what happened before this happened earlier
     record = {"pid": 1, "exit_code": exit_code, "error": error, "ended": now()}
     (folder / f"log/{name}.json").write_text(json.dumps(record))
     time.sleep(0.002)  # what happens next happens later
