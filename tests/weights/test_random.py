@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import safetensors.numpy
-from support import assert_golden
+from support import TOKENIZER, assert_golden
 
 from glm3kit.config.groups import ModelConfig
 from glm3kit.errors import CheckpointError
@@ -69,7 +69,6 @@ def test_random_weights_never_replace_others_without_force(copied, published):
     assert not np.array_equal(read_weights(copied)[OUTPUT], published[OUTPUT])
 
 
-def test_a_tokenizer_is_copied_beside_random_weights(hub, shared, tmp_path):
-    tokenizer = shared / "data" / "tokenizer" / "tokenizer.model"
-    write_random_hub_weights(ModelConfig.from_hf(hub / "config.json"), tmp_path, tokenizer=tokenizer)
-    assert (tmp_path / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
+def test_a_tokenizer_is_copied_beside_random_weights(hub, tmp_path):
+    write_random_hub_weights(ModelConfig.from_hf(hub / "config.json"), tmp_path, tokenizer=TOKENIZER)
+    assert (tmp_path / "tokenizer.model").read_bytes() == TOKENIZER.read_bytes()
