@@ -24,7 +24,7 @@ $(BIN)/.ready: pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-demo: venv  ## run the seven notebooks on the tiny model, results in output/demo/ (5 minutes)
+demo: venv  ## run the seven notebooks on the tiny model, results in output/demo/ (4 minutes)
 	@$(BIN)/python -m glm3kit demo
 
 test: venv chromium lint  ## run every test: unit, notebooks, browser
