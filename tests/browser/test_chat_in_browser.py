@@ -57,15 +57,15 @@ def scripted(ids, **options):
     said = talk.progress[0][-1]["content"]  # the message that is being answered
     answer = ANSWERS.get(said, said)
     name, text = answer if isinstance(answer, tuple) else ("", answer)
-    for id_ in tok.build_single_message("assistant", name, text if said != "再来" else f"第 {asked} 次")[1:]:
+    for id_ in tokenizer.build_single_message("assistant", name, text if said != "再来" else f"第 {asked} 次")[1:]:
         time.sleep(0.02 if said == "数数" else 0.004)  # time enough to press Stop, on a busy machine too
         if said == "坏":
             raise RuntimeError("the card is gone")
         yield id_
 
 
-talk = ChatSession(tok, scripted, tools=[calculate], seq_length=2048, sampling=config.generate.model_dump())
-small = ChatSession(tok, lambda ids: iter(tok.encode("好的。", False)), "导游", seq_length=64, reserve=16)
+talk = ChatSession(tokenizer, scripted, tools=[calculate], seq_length=2048, sampling=config.generate.model_dump())
+small = ChatSession(tokenizer, lambda ids: iter(tokenizer.encode("好的。", False)), "导游", seq_length=64, reserve=16)
 """
 ATTACK = "<img src=x onerror=\"window.hacked = 'img'\"><script>window.hacked = 'script'</script>"
 LINK = "[here](javascript:window.hacked='link') <|user|> <|system|>"
