@@ -17,7 +17,7 @@ from pathlib import Path
 
 from glm3kit.errors import RankTableError
 from glm3kit.files import atomic_write
-from glm3kit.setup.rank_table_forms import Device, Server, Unfinished, conflicts, read_form
+from glm3kit.setup.rank_table_forms import Device, Server, conflicts, read_form
 
 MODELARTS_FOLDER = "user/config"
 MODELARTS_NAMES = ("jobstart_hccl.json", "nbstart_hccl.json")  # a training job's, a notebook's
@@ -102,17 +102,10 @@ def _load(path: Path) -> dict:
         raise RankTableError(f"{path}: cannot be read as JSON text: {err}") from err
     if not isinstance(content, dict):
         raise RankTableError(f"{path}: holds a {type(content).__name__}; expected an object with status and devices")
-    return content
-
-
-def _read(path: Path) -> tuple[list[Server], list[str]]:
-    """The servers of a file and every fault of it; raises RankTableError where nothing can be read."""
-    try:
-        return read_form(_load(path))
-    except Unfinished as err:
+    if content.get("status") == "initializing":
         raise UnfinishedTableError(f'{path}: status is "initializing": the platform has not assigned all devices yet; '
-                                   'wait until status is "completed" (`glm3kit rank-table wait`), then try again'
-                                   ) from err
+                                   'wait until status is "completed" (`glm3kit rank-table wait`), then try again')
+    return content
 
 
 def read_rank_table(path: str | Path) -> RankTable:
@@ -123,7 +116,7 @@ def read_rank_table(path: str | Path) -> RankTable:
     another form (named), a server, device or address that repeats, counts that do not agree.
     Example: read_rank_table("/user/config/jobstart_hccl.json").rank_size -> 8
     """
-    servers, faults = _read(Path(path))
+    servers, faults = read_form(_load(Path(path)))
     _refuse(str(path), faults)
     return RankTable(tuple(servers), str(path))
 
@@ -131,7 +124,7 @@ def read_rank_table(path: str | Path) -> RankTable:
 def check_rank_table(path: str | Path) -> list[str]:
     """Every fault of a rank table; [] for one that can be used."""
     try:
-        return _read(Path(path))[1]
+        return read_form(_load(Path(path)))[1]
     except RankTableError as err:
         return [str(err).removeprefix(f"{path}: ")]
 
