@@ -9,36 +9,30 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-OURS = "Value error, "  # how pydantic opens the message of a validator of ours
-
-
-def _group(holder: type[BaseModel], key: str) -> type[BaseModel] | None:
-    """The group that a key of another group holds (or may hold, as `lora`), None for a plain value."""
-    field = holder.model_fields.get(key)
-    kinds = (field.annotation, *get_args(field.annotation)) if field else ()
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-
 
 def _known_part(root: type[BaseModel], loc: tuple) -> tuple[tuple[str, ...], type[BaseModel]]:
-    """The keys at the start of an error's place, and the group that the last one stands in."""
-    keys, holder, inner = [], root, root
+    """The keys at the start of an error's place, and the innermost group among them (else `root`)."""
+    keys, group = [], root
     for key in loc:
-        if inner is None:  # what follows a plain value's key is pydantic's: places in a list, members of a union
-            break
         keys.append(key)
-        holder, inner = inner, _group(inner, key)
-    return tuple(keys), holder
+        field = group.model_fields.get(key)
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()  # LoraConfig | None may hold a group
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not inner:  # what follows a plain value's key is pydantic's: places in a list, members of a union
+            break
+        group = inner[0]
+    return tuple(keys), group
 
 
-def _messages(item: Mapping[str, Any], holder: type[BaseModel]) -> list[str]:
-    """What an error found and what was expected, in words; holder: the group that its key stands in."""
-    if item["type"] == "value_error":
-        return item["msg"].removeprefix(OURS).splitlines()
+def _messages(item: Mapping[str, Any], group: type[BaseModel]) -> list[str]:
+    """What an error found and what was expected, in words; group: where an unknown key stands."""
+    if item["type"] == "value_error":  # of a validator of ours
+        return str(item["ctx"]["error"]).splitlines()
     if item["type"] != "extra_forbidden":
         return [f"{item['msg'].replace('Input s', 's')}, got {item['input']!r}"]
-    if near := difflib.get_close_matches(item["loc"][-1], list(holder.model_fields), 1):
+    if near := difflib.get_close_matches(item["loc"][-1], list(group.model_fields), 1):
         return [f"unknown key; did you mean '{near[0]}'?"]
-    return [f"unknown key; known here: {', '.join(holder.model_fields)}"]
+    return [f"unknown key; known here: {', '.join(group.model_fields)}"]
 
 
 def faults_of(error: ValidationError, lines: Mapping[tuple, int | str], source: str,
@@ -51,8 +45,8 @@ def faults_of(error: ValidationError, lines: Mapping[tuple, int | str], source: 
     """
     faults: dict[tuple[str, str, str], list[str]] = {}  # several messages: of the members of a union
     for item in error.errors():
-        keys, holder = _known_part(root, item["loc"])
-        for message in _messages(item, holder):
+        keys, group = _known_part(root, item["loc"])
+        for message in _messages(item, group):
             ours = message if item["type"] == "value_error" else ""
             place = (*keys, *ours.split(" ")[0].split("."))
             at = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), None)

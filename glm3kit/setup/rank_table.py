@@ -237,13 +237,11 @@ def merge_rank_tables(tables: Sequence[RankTable]) -> RankTable:
     for number, table in enumerate(tables, start=1):
         name = f"table {number} ({table.source})"
         for server in table.servers:
-            marks = [f"server_id {server.server_id}"]
-            marks += [f"device_ip {device.device_ip}" for device in server.devices if device.device_ip]
-            for mark in marks:
-                if mark in owner:
+            addresses = [f"device_ip {device.device_ip}" for device in server.devices if device.device_ip]
+            for mark in (f"server_id {server.server_id}", *addresses):
+                if owner.setdefault(mark, name) != name:
                     raise RankTableError(f"{name}: {mark} is also in {owner[mark]}; expected every server once: "
                                          "give each file once, or regenerate with --server-ip set on each machine")
-            owner |= dict.fromkeys(marks, name)
             devices = tuple(dataclasses.replace(d, rank_id=str(base + int(d.rank_id))) for d in server.devices)
             servers.append(dataclasses.replace(server, devices=devices))
         base += table.rank_size
