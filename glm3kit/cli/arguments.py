@@ -30,14 +30,10 @@ class Verb:
     """A name of one or two words, what may follow it, and what is done; `run` returns the exit status, None for 0."""
 
     name: str
+    help: str
     arguments: tuple[Argument, ...]
     example: str
     run: Callable[[argparse.Namespace], int | None]
-
-    @property
-    def help(self) -> str:
-        assert self.run.__doc__ is not None, f"the docstring of {self.name} is its help"
-        return self.run.__doc__
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
         """The arguments in the words after the verb; `error` among them ends a wrong call, as this does: status 2."""
@@ -49,8 +45,8 @@ class Verb:
 
 
 def verb(name: str, *arguments: Argument, example: str) -> Callable[[Callable[..., int | None]], Verb]:
-    """Declare the function below as a verb."""
-    return lambda run: Verb(name, arguments, example, run)
+    """Declare the function below as a verb, its docstring as the help."""
+    return lambda run: Verb(name, run.__doc__ or "", arguments, example, run)
 
 
 def argument(*names: str, **options: Any) -> Argument:
@@ -106,8 +102,8 @@ def config_of(args: argparse.Namespace) -> "RunConfig":
     return load_config(args.config, args.overrides)
 
 
-def print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+def json_text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=2, default=str)
 
 
 def format_help(subjects: Subjects) -> str:

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from glm3kit.cli.arguments import RUN, argument, config_of, either, picture, print_json, switch, titled, verb
+from glm3kit.cli.arguments import RUN, argument, config_of, either, json_text, picture, switch, titled, verb
 from glm3kit.files import atomic_path
 
 JOB = argument("job", metavar="JOB", help="the folder of a job")
@@ -51,7 +51,7 @@ def _job(args: argparse.Namespace) -> Any:
 @verb("status", JOB, example="status output/tiny")
 def status(args: argparse.Namespace) -> None:
     """Show the state of a job."""
-    print_json(_job(args).state())
+    print(json_text(_job(args).state()))
 
 
 @verb("wait", JOB, example="wait output/tiny")

@@ -29,7 +29,7 @@ def _parse_override(override: str) -> tuple[tuple[str, ...], Any]:
     if not equals or not all(keys):
         raise ConfigError(f"override '{override}': expected group.key=value, such as train.batch_size=2")
     parsed, _ = parse_yaml(f"value: {value.strip() or 'null'}", f"override '{override}'")
-    return keys, absolute_paths(parsed["value"], Path.cwd(), keys)
+    return keys, absolute_paths(parsed["value"], Path.cwd(), keys[-1])
 
 
 def _put(values: dict, keys: tuple[str, ...], value: Any) -> None:
