@@ -6,7 +6,7 @@ Names are imported when they are first used: `import glm3kit` costs nothing, and
 do not load it.
 """
 
-import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 # ruff: noqa: F401 (these are for editors and type checkers; at run time __getattr__ imports what _HOME names)
@@ -45,13 +45,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"glm3kit.{_HOME[name]}"), name)
         globals()[name] = value  # found directly from now on
         return value
-    if not name.startswith("_"):
-        module = f"glm3kit.{name}"
-        try:
-            return importlib.import_module(module)
-        except ModuleNotFoundError as err:
-            if err.name != module:  # the module is there, something that it imports is not
-                raise
+    if not name.startswith("_") and importlib.util.find_spec(f"glm3kit.{name}"):
+        return importlib.import_module(f"glm3kit.{name}")
     raise AttributeError(f"module 'glm3kit' has no attribute {name!r}")
 
 

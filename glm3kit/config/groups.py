@@ -36,6 +36,7 @@ LoraTarget = Literal["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h
 Paths = Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
 Ids = Annotated[tuple[Annotated[int, Field(strict=True)], ...], Field(strict=False),
                 BeforeValidator(lambda v: (v,) if isinstance(v, int) else v)]
+ROW_KEYS = {"train_path", "max_source_length", "max_target_length", "max_seq_length"}  # of data; the window follows
 # What all ChatGLM3 models have in common, as their config.json says it; another value is another model.
 ARCHITECTURE = {"rmsnorm": True, "add_bias_linear": False, "add_qkv_bias": True, "multi_query_attention": True,
                 "post_layer_norm": True, "apply_residual_connection_post_layernorm": False, "original_rope": True}
@@ -158,7 +159,7 @@ class DataConfig(Group):
     @property
     def names_rows(self) -> bool:
         """Whether rows or their lengths were given, so that `seq_length` is more than a default."""
-        return bool(self.model_fields_set & {"train_path", "max_source_length", "max_target_length", "max_seq_length"})
+        return not ROW_KEYS.isdisjoint(self.model_fields_set)
 
     @property
     def row_rule(self) -> str:
@@ -337,10 +338,8 @@ class RunConfig(Group):
 
     def save(self, path: str | Path) -> None:
         """Write the complete configuration as YAML that `load_config` reads back equal; paths become absolute."""
-        values = absolute_paths(self.model_dump(mode="json"), Path.cwd())
-        if self.model.seq_length != self.data.seq_length:  # no rows or lengths were given: defaults must not look so
-            for key in ("train_path", "max_source_length", "max_target_length", "max_seq_length"):
-                del values["data"][key]
+        unset = None if self.data.names_rows else {"data": ROW_KEYS}  # once written, defaults would look given
+        values = absolute_paths(self.model_dump(mode="json", exclude=unset), Path.cwd())
         atomic_write(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 

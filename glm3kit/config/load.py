@@ -32,13 +32,12 @@ def _parse_override(override: str) -> tuple[tuple[str, ...], Any]:
     return keys, absolute_paths(parsed["value"], Path.cwd(), keys[-1])
 
 
-def _put(values: dict, keys: tuple[str, ...], value: Any) -> None:
-    """Replace one value, and create the groups that it stands in."""
-    for key in keys[:-1]:
-        if not isinstance(values.get(key), dict):
-            values[key] = {}
-        values = values[key]
-    values[keys[-1]] = value
+def _with(values: Any, keys: tuple[str, ...], value: Any) -> Any:
+    """The values with one replaced, in groups that are created where there are none."""
+    if not keys:
+        return value
+    group = values if isinstance(values, dict) else {}
+    return group | {keys[0]: _with(group.get(keys[0]), keys[1:], value)}
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -64,7 +63,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         except ConfigError as err:
             faults.append(str(err))
             continue
-        _put(values, keys, value)
+        values = _with(values, keys, value)
         where[keys] = f"override '{override}'"
     try:
         config = RunConfig(**values)

@@ -18,8 +18,6 @@ from glm3kit.errors import RankTableError
 from glm3kit.setup.rank_table import RankTable
 from glm3kit.setup.rank_table_forms import Device, Server, is_address
 
-TOOL_FOLDER = "usr/local/Ascend/driver/tools"  # where the driver puts hccn_tool, off most people's PATH
-
 
 def parse_devices(text: str) -> list[int]:
     """Read a half-open range of device ids: "[0,8)" -> 0 to 7.
@@ -61,9 +59,9 @@ def device_addresses(devices: Sequence[int], environ: Mapping[str, str] = os.env
 
     Raises RankTableError that names what was tried and the devices without an address.
     """
-    places = os.pathsep.join([environ.get("PATH", os.defpath), str(Path(root) / TOOL_FOLDER)])
-    refused = f"hccn_tool: not found on PATH or in {Path(root) / TOOL_FOLDER}"
-    if tool := shutil.which("hccn_tool", path=places):
+    folder = Path(root) / "usr/local/Ascend/driver/tools"  # where the driver puts it, off most people's PATH
+    refused = f"hccn_tool: not found on PATH or in {folder}"
+    if tool := shutil.which("hccn_tool", path=f"{environ.get('PATH', os.defpath)}{os.pathsep}{folder}"):
         try:
             return {device: _ask_tool(tool, device) for device in devices}
         except RankTableError as err:  # in a container it may be refused what a file tells

@@ -22,7 +22,6 @@ from glm3kit.setup.rank_table_forms import Device, Server, conflicts, read_form
 MODELARTS_FOLDER = "user/config"
 MODELARTS_NAMES = ("jobstart_hccl.json", "nbstart_hccl.json")  # a training job's, a notebook's
 SHOWN_FAULTS = 8  # in the message of an error
-POLL_S = 2
 
 
 class UnfinishedTableError(RankTableError):
@@ -151,11 +150,9 @@ def find_rank_table(environ: Mapping[str, str] = os.environ, root: str | Path = 
     """
     given = environ.get("RANK_TABLE_FILE")
     folder = Path(given) if given else Path(root) / MODELARTS_FOLDER
-    if folder.is_file():
-        return folder
-    for name in MODELARTS_NAMES:
-        if (folder / name).is_file():
-            return folder / name
+    for path in (folder, *(folder / name for name in MODELARTS_NAMES)):
+        if path.is_file():
+            return path
     if given:
         found = f"a folder without {' or '.join(MODELARTS_NAMES)}" if folder.is_dir() else "no such file or folder"
         raise UnfinishedTableError(f"RANK_TABLE_FILE={given}: {found}; set it to the rank table, or unset it")
@@ -174,7 +171,7 @@ def rank_table_path(path: str | Path | None = None, environ: Mapping[str, str] =
 
 def wait_for_rank_table(path: str | Path | None = None, timeout_s: float = 600,
                         say: Callable[[str], None] = print, environ: Mapping[str, str] = os.environ,
-                        root: str | Path = "/", poll_s: float = POLL_S) -> RankTable:
+                        root: str | Path = "/", poll_s: float = 2) -> RankTable:
     """Read the rank table as soon as it is complete; a table that is complete already is returned at once.
 
     path: the file; by default where the platform puts it. say: is told what is being waited for, whenever that changes.
@@ -183,10 +180,8 @@ def wait_for_rank_table(path: str | Path | None = None, timeout_s: float = 600,
     Raises UnfinishedTableError if it is not complete after `timeout_s` seconds, RankTableError at once for a complete
     one with faults.
     """
-    start = time.monotonic()
-    told, before = "", None
+    start, told, before = time.monotonic(), "", None
     while True:
-        late = time.monotonic() - start > timeout_s
         try:
             place = rank_table_path(path, environ, root)
             table = read_rank_table(place)
@@ -194,13 +189,12 @@ def wait_for_rank_table(path: str | Path | None = None, timeout_s: float = 600,
                 return table
             before, what = table, f"{place}: is complete; making sure that it stays so"
         except UnfinishedTableError as err:
-            if late:
+            if time.monotonic() - start > timeout_s:
                 raise UnfinishedTableError(f"{err}\nWaited {timeout_s:g} s; is the job still being scheduled, or a pod "
                                            "pending? A longer time limit waits on") from err
-            back = "went back: a pod is being replaced. " if before else ""
-            before, what = None, back + str(err)
+            before, what = None, f"went back: a pod is being replaced. {err}" if before else str(err)
         if what != told:
-            say(f"waiting (at most {timeout_s:g} s): {what}" if not told else f"still waiting: {what}")
+            say(f"still waiting: {what}" if told else f"waiting (at most {timeout_s:g} s): {what}")
             told = what
         time.sleep(poll_s)
 

@@ -13,7 +13,7 @@ import ipaddress
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 SUPER_PODS = ("1.1", "1.2")
@@ -78,11 +78,12 @@ class Reading:
         self.fault(where, f"{found}; expected {key} to be a list of objects")
         return []
 
-    def count(self, holder: dict, key: str, found: int, what: str, where: str = "") -> None:
-        """Compare a count that the table gives with what it lists."""
-        if key in holder and self.number(holder, key, where) not in (None, found):
-            self.fault(where, f"{key} says {holder[key]}, but {found} {what}(s) are listed; "
-                              "the table is unfinished or was cut: make it again")
+    def compare(self, holder: dict, where: str = "", **listed: int) -> None:
+        """Compare counts that the table gives, such as device_count, with what it lists."""
+        for key, found in listed.items():
+            if key in holder and self.number(holder, key, where) not in (None, found):
+                self.fault(where, f"{key} says {holder[key]}, but {found} {key.split('_')[0]}(s) are listed; "
+                                  "the table is unfinished or was cut: make it again")
 
     def device(self, entry: dict, rank: int | None, where: str) -> list[Device]:
         """The device of an entry, or none if it cannot be used."""
@@ -127,7 +128,7 @@ def _from_server_list(reading: Reading, content: dict) -> None:
                 reading.text(device, "super_device_id", spot)
         more = {key: reading.text(entry, key, where) for key in ("host_nic_ip", "host_ip") if key in entry}
         reading.add(reading.text(entry, "server_id", where), devices, **more)
-    reading.count(content, "server_count", len(entries), "server")
+    reading.compare(content, server_count=len(entries))
     if content["version"] == "1.2" or "super_pod_list" in content:
         _check_super_pods(reading, content)
 
@@ -174,8 +175,7 @@ def _from_groups(reading: Reading, content: dict) -> None:
                 rank += 1
             if instance.get("devices"):  # an instance without cards trains nothing
                 reading.add(reading.text(instance, "server_id", spot), devices)
-        reading.count(group, "instance_count", len(instances), "instance", where)
-        reading.count(group, "device_count", rank - first, "device", where)
+        reading.compare(group, where, instance_count=len(instances), device_count=rank - first)
 
 
 def _from_lab(reading: Reading, content: dict) -> None:
@@ -188,9 +188,8 @@ def _from_lab(reading: Reading, content: dict) -> None:
             if len(entries) != 1:
                 reading.fault(spot, f"has {len(entries)} devices; expected one, that of rank_id {rank}")
             rows += [(server_id, reading.device(entry, rank, place)) for place, entry in entries]
-        reading.count(group, "instance_count", len(instances), "instance", where)
-        reading.count(group, "device_num", len(rows), "device", where)
-        reading.count(group, "server_num", reading.add_by_server(rows), "server", where)
+        reading.compare(group, where, instance_count=len(instances), device_num=len(rows),
+                        server_num=reading.add_by_server(rows))
 
 
 def _from_rank_list(reading: Reading, content: dict) -> None:
@@ -210,7 +209,7 @@ def _from_rank_list(reading: Reading, content: dict) -> None:
             address = str(ipaddress.IPv6Address(int(address, 16)))
         rows.append((server_id, reading.device(entry | {"device_ip": address}, rank, where)))
     reading.add_by_server(rows)
-    reading.count(content, "rank_count", len(entries), "rank")
+    reading.compare(content, rank_count=len(entries))
 
 
 def read_form(content: dict) -> tuple[list[Server], list[str]]:
@@ -237,12 +236,11 @@ def read_form(content: dict) -> tuple[list[Server], list[str]]:
     return reading.servers, list(dict.fromkeys(faults))
 
 
-def conflicts(servers: Iterable[Server], whole: bool = True) -> list[str]:
+def conflicts(servers: Sequence[Server], whole: bool = True) -> list[str]:
     """What servers that each can be read are in conflict about; [] for a table that can be used.
 
     whole: whether nothing is known to be missing: then ranks without a gap are expected.
     """
-    servers = list(servers)
     marks = []  # what may stand once
     faults, ranks = [], []
     for server in servers:
