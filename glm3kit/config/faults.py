@@ -1,13 +1,17 @@
 """What is wrong with a configuration, from pydantic's errors: a line a key, with where it stands and what was expected.
 
-    except ValidationError as err: raise ConfigError("\\n".join(faults_of(err, lines, "run.yaml", RunConfig)))
+    config = validated(RunConfig, values, lines, "run.yaml")
 """
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
+
+from glm3kit.errors import ConfigError
+
+SomeGroup = TypeVar("SomeGroup", bound=BaseModel)
 
 
 def _known_part(root: type[BaseModel], loc: tuple) -> tuple[tuple[str, ...], type[BaseModel]]:
@@ -35,22 +39,25 @@ def _messages(item: Mapping[str, Any], group: type[BaseModel]) -> list[str]:
     return [f"unknown key; known here: {', '.join(group.model_fields)}"]
 
 
-def faults_of(error: ValidationError, lines: Mapping[tuple, int | str], source: str,
-              root: type[BaseModel]) -> list[str]:
-    """One line a key with a fault: where it stands, what was found, what was expected.
+def validated(group: type[SomeGroup], values: Mapping[str, Any], lines: Mapping[tuple, int | str],
+              source: str) -> SomeGroup:
+    """The group of parsed values. Raises ConfigError, a line a fault: where it stands, what was found and expected.
 
     A validator of ours may tell of several, a line each, which begins with the key that it is about.
     lines: of each key, by its path such as ("train", "epochs"): a line of the file `source`, or a text that names
-        another place. root: the group of the outermost keys.
+        another place.
     """
-    faults: dict[tuple[str, str, str], list[str]] = {}  # several messages: of the members of a union
-    for item in error.errors():
-        keys, group = _known_part(root, item["loc"])
-        for message in _messages(item, group):
-            ours = message if item["type"] == "value_error" else ""
-            place = (*keys, *ours.split(" ")[0].split("."))
-            at = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), None)
-            where = f"{source}:{at}" if isinstance(at, int) else at or source
-            faults.setdefault((where, ".".join(keys), ours), []).append(message)
-    return [f"{where}: {key + ': ' if key else ''}{' or '.join(messages)}"
-            for (where, key, _), messages in faults.items()]
+    try:
+        return group(**values)
+    except ValidationError as err:
+        faults: dict[tuple[str, str, str], list[str]] = {}  # several messages: of the members of a union
+        for item in err.errors():
+            keys, holder = _known_part(group, item["loc"])
+            for message in _messages(item, holder):
+                ours = message if item["type"] == "value_error" else ""
+                place = (*keys, *ours.split(" ")[0].split("."))
+                at = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), None)
+                where = f"{source}:{at}" if isinstance(at, int) else at or source
+                faults.setdefault((where, ".".join(keys), ours), []).append(message)
+        raise ConfigError("\n".join(f"{where}: {key + ': ' if key else ''}{' or '.join(messages)}"
+                                    for (where, key, _), messages in faults.items())) from err

@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from glm3kit.config.faults import faults_of
+from glm3kit.config.faults import validated
 from glm3kit.errors import ConfigError
 from glm3kit.files import atomic_write
 
@@ -111,10 +111,7 @@ class ModelConfig(Group):
             raise ConfigError(f"{path}: not ChatGLM3's architecture: {', '.join(other)}")
         fields = {key: published[key] for key in cls.model_fields if key in published}
         dtype = published.get("torch_dtype", "float16")
-        try:
-            return cls(**{"param_dtype": dtype, "compute_dtype": dtype} | fields | changes)
-        except ValidationError as err:
-            raise ConfigError("\n".join(faults_of(err, {}, str(path), cls))) from err
+        return validated(cls, {"param_dtype": dtype, "compute_dtype": dtype} | fields | changes, {}, str(path))
 
     def to_hf(self) -> dict[str, Any]:
         """The content of the published config.json for these sizes; `from_hf` reads it back, the official code too."""

@@ -9,9 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from glm3kit.config.faults import faults_of
+from glm3kit.config.faults import validated
 from glm3kit.config.groups import RunConfig, absolute_paths
 from glm3kit.config.yaml_lines import parse_yaml, read_yaml
 from glm3kit.errors import ConfigError
@@ -66,9 +64,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         values = _with(values, keys, value)
         where[keys] = f"override '{override}'"
     try:
-        config = RunConfig(**values)
-    except ValidationError as err:
-        faults += faults_of(err, where, str(path), RunConfig)
+        config = validated(RunConfig, values, where, str(path))
+    except ConfigError as err:
+        faults.append(str(err))
     if faults:
         raise ConfigError("\n".join(faults))
     return config

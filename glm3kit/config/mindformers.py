@@ -12,9 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from glm3kit.config.faults import faults_of
+from glm3kit.config.faults import validated
 from glm3kit.config.groups import ARCHITECTURE, ModelConfig
 from glm3kit.config.load import is_mindformers, load_config
 from glm3kit.config.yaml_lines import read_yaml
@@ -91,11 +89,8 @@ class AutoConfig:
         if not is_mindformers(values):
             return load_config(path).model
         fields, ignored = _model_fields(values, lines, str(path))
-        try:
-            config = ModelConfig(**fields)
-        except ValidationError as err:
-            places = {(field,): lines[place] for field, place in PLACES.items() if place in lines}
-            raise ConfigError("\n".join(faults_of(err, places, str(path), ModelConfig))) from err
+        places = {(field,): lines[place] for field, place in PLACES.items() if place in lines}
+        config = validated(ModelConfig, fields, places, str(path))
         if ignored:  # of groups other than the model's and the processor's only the group is named
             names = dict.fromkeys(".".join(place if place[0] in ("model", "processor") else place[:1])
                                   for place in ignored)

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -108,10 +109,8 @@ def check_packages(machine: Machine, requirements: Iterable[str] | None = None) 
 
 
 def check_numpy(machine: Machine, version: str | None = None) -> Check:
-    version = version or _installed("numpy")
-    if version is None:
-        return Check("NumPy", "failed", "is missing", "pip install 'numpy<2'")
-    if int(version.split(".")[0]) < 2:
+    version = version or _installed("numpy") or "missing"
+    if version.startswith("1."):
         return Check("NumPy", "ok", version)
     return Check("NumPy", "failed", f"{version}; MindSpore is compiled against NumPy 1: some operators fail to import",
                  "pip install 'numpy<2', then restart the kernel")
@@ -144,10 +143,8 @@ def _memory_bytes(root: Path) -> int:
 
     total = psutil.virtual_memory().total
     for place in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup 2, cgroup 1
-        try:
+        with suppress(OSError, ValueError):  # no such file; "max"
             total = min(total, int((root / "sys/fs/cgroup" / place).read_text()))
-        except (OSError, ValueError):  # no such file; "max"
-            continue
     return total
 
 
