@@ -194,9 +194,8 @@ def check_rank_table(machine: Machine) -> Check:
     if machine.target == "CPU":
         return Check("rank table", "skipped", f"{finding}; not used: parallel.device_target is CPU")
     table.first(machine.ranks)  # raises where it lists fewer devices
-    several = len(table.servers) > 1
-    return Check("rank table", "ok", finding,
-                 "launch the same on each, with an output_dir that all of them see" if several else "")
+    together = "launch the same on each, with an output_dir that all of them see" if len(table.servers) > 1 else ""
+    return Check("rank table", "ok", finding, together)
 
 
 def check_disk(machine: Machine) -> Check:
@@ -305,9 +304,5 @@ def run_checks(config: "RunConfig | None" = None, environ: Mapping[str, str] = o
 
 def format_checks(checks: Iterable[Check]) -> str:
     """The checks as plain text: state, name and finding in a line, the next step below where there is one."""
-    lines = []
-    for check in checks:
-        lines.append(f"{check.state:<8} {check.name:<16} {check.finding}")
-        if check.next_step:
-            lines.append(f"{'':<25} -> {check.next_step}")
-    return "\n".join(lines)
+    return "\n".join(f"{check.state:<8} {check.name:<16} {check.finding}"
+                     + (f"\n{'':<25} -> {check.next_step}" if check.next_step else "") for check in checks)

@@ -212,8 +212,7 @@ def local_rank_table(count: int, server_id: str = "127.0.0.1") -> RankTable:
     """
     if count < 1:
         raise RankTableError(f"a rank table of {count} devices was asked for; expected at least 1")
-    base = ipaddress.ip_address("127.0.0.1")
-    devices = tuple(Device(str(n), str(base + n), str(n)) for n in range(count))
+    devices = tuple(Device(str(n), str(ipaddress.ip_address("127.0.0.1") + n), str(n)) for n in range(count))
     return RankTable((Server(server_id, devices),), "local rank table")
 
 

@@ -51,12 +51,12 @@ class Reading:
     def fault(self, where: str, what: str) -> None:
         self.faults.append(f"{where}: {what}" if where else what)
 
-    def text(self, holder: dict, key: str, where: str, default: str | None = None) -> str | None:
+    def text(self, holder: dict, key: str, where: str) -> str | None:
         """A value that the forms write as a string; a whole number is accepted too."""
-        value = holder.get(key, default)
+        value = holder.get(key)
         if isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
-        if isinstance(value, str) and (value or default is not None):
+        if isinstance(value, str) and value:
             return value
         found = f"is {json.dumps(value)[:60]}" if key in holder else "is missing"
         self.fault(where, f'{key} {found}; expected a string such as "0"')
@@ -88,7 +88,7 @@ class Reading:
     def device(self, entry: dict, rank: int | None, where: str) -> list[Device]:
         """The device of an entry, or none if it cannot be used."""
         number = self.number(entry, "device_id", where)
-        address = self.text(entry, "device_ip", where, default="")
+        address = str(entry.get("device_ip", ""))
         if address and not is_address(address):
             self.fault(where, f"device_ip is '{address[:60]}'; expected an address such as 192.1.27.6")
             address = None
