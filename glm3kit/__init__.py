@@ -6,10 +6,11 @@ Names are imported when they are first used: `import glm3kit` costs nothing, and
 do not load it.
 """
 
-import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ does it
+# ruff: noqa: F401 (these are for editors and type checkers; at run time __getattr__ imports what _HOME names)
+if TYPE_CHECKING:
     from glm3kit.chat.session import ChatSession
     from glm3kit.chat.tools import tool
     from glm3kit.config.groups import ModelConfig, RunConfig
@@ -27,12 +28,6 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ does
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AutoConfig", "AutoModel", "ChatGLM3", "ChatGLM3Tokenizer", "ChatSession", "ModelConfig", "RunConfig",
-    "chat_widget", "convert_weights", "encode_adgen", "encode_conversation", "load_config", "load_weights",
-    "merge_rank_tables", "process_response", "read_metrics", "read_rank_table", "tool",
-]
-
 _HOME = {
     "AutoConfig": "config.mindformers", "AutoModel": "model.load", "ChatGLM3": "model.chatglm3",
     "ChatGLM3Tokenizer": "text.tokenizer", "ChatSession": "chat.session", "ModelConfig": "config.groups",
@@ -41,6 +36,7 @@ _HOME = {
     "load_weights": "model.load", "merge_rank_tables": "setup.rank_table", "process_response": "text.answers",
     "read_metrics": "jobs.metrics", "read_rank_table": "setup.rank_table", "tool": "chat.tools",
 }
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
@@ -49,13 +45,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"glm3kit.{_HOME[name]}"), name)
         globals()[name] = value  # found directly from now on
         return value
-    if not name.startswith("_"):
-        module = f"glm3kit.{name}"
-        try:
-            return importlib.import_module(module)
-        except ModuleNotFoundError as err:
-            if err.name != module:  # the module is there, something that it imports is not
-                raise
+    if not name.startswith("_") and importlib.util.find_spec(f"glm3kit.{name}"):
+        return importlib.import_module(f"glm3kit.{name}")
     raise AttributeError(f"module 'glm3kit' has no attribute {name!r}")
 
 

@@ -33,12 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = verb.parse(rest)
     try:
         return verb.run(args) or 0
-    except ConfigError as err:
-        print(err, file=sys.stderr)
-        return 2
     except (Glm3KitError, OSError) as err:
         print(err, file=sys.stderr)
-        return 1
+        return 2 if isinstance(err, ConfigError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 1

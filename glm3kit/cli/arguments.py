@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from glm3kit.errors import CheckpointError
 
@@ -30,14 +30,10 @@ class Verb:
     """A name of one or two words, what may follow it, and what is done; `run` returns the exit status, None for 0."""
 
     name: str
+    help: str
     arguments: tuple[Argument, ...]
     example: str
     run: Callable[[argparse.Namespace], int | None]
-
-    @property
-    def help(self) -> str:
-        assert self.run.__doc__ is not None, f"the docstring of {self.name} is its help"
-        return self.run.__doc__
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
         """The arguments in the words after the verb; `error` among them ends a wrong call, as this does: status 2."""
@@ -49,8 +45,8 @@ class Verb:
 
 
 def verb(name: str, *arguments: Argument, example: str) -> Callable[[Callable[..., int | None]], Verb]:
-    """Declare the function below as a verb."""
-    return lambda run: Verb(name, arguments, example, run)
+    """Declare the function below as a verb, its docstring as the help."""
+    return lambda run: Verb(name, run.__doc__ or "", arguments, example, run)
 
 
 def argument(*names: str, **options: Any) -> Argument:
@@ -78,13 +74,6 @@ def titled(title: str, description: str, *arguments: Argument) -> Argument:
     return lambda parser: _inside(parser.add_argument_group(title, description), arguments)
 
 
-def picture(path: str) -> Path:
-    """The type of an argument that names a picture."""
-    if not path.endswith((".png", ".svg", ".pdf")):
-        raise argparse.ArgumentTypeError(f"{path}: the name says the form of a picture; end it with .png, .svg or .pdf")
-    return Path(path)
-
-
 def size(text: str) -> int:
     """The type of an argument such as 2GB -> bytes."""
     from glm3kit.weights.hub_files import parse_size
@@ -106,8 +95,8 @@ def config_of(args: argparse.Namespace) -> "RunConfig":
     return load_config(args.config, args.overrides)
 
 
-def print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+def json_text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=2, default=str)
 
 
 def format_help(subjects: Subjects) -> str:
@@ -119,16 +108,12 @@ def format_help(subjects: Subjects) -> str:
     return "\n".join([*lines, "", "Each verb has its own help, with an example: glm3kit launch --help"])
 
 
-def _wrong(message: str) -> NoReturn:
-    """End a call that names no verb, as argparse ends one with wrong arguments: exit status 2."""
-    argparse.ArgumentParser("glm3kit", usage="glm3kit VERB ... (glm3kit --help lists the verbs)").error(message)
-
-
 def find_verb(words: Sequence[str], subjects: Subjects) -> tuple[Verb, Sequence[str]]:
     """The verb that a call begins with, of two words or of one, and the words after it.
 
     Another one ends the call with exit status 2 and what may have been meant.
     """
+    wrong = argparse.ArgumentParser("glm3kit", usage="glm3kit VERB ... (glm3kit --help lists the verbs)").error
     verbs = {verb.name: verb for group in subjects.values() for verb in group}
     pair, seconds = " ".join(words[:2]), [name for name in verbs if name.startswith(f"{words[0]} ")]
     if pair in verbs:
@@ -136,10 +121,10 @@ def find_verb(words: Sequence[str], subjects: Subjects) -> tuple[Verb, Sequence[
     if words[0] in verbs:
         near = difflib.get_close_matches(pair, seconds, 1, cutoff=0.8)
         if near and not Path(words[1]).exists():  # `data tool-alpca`, where a configuration may stand too
-            _wrong(f"'{pair}' is no verb, and {words[1]} no file; did you mean '{near[0]}'?")
+            wrong(f"'{pair}' is no verb, and {words[1]} no file; did you mean '{near[0]}'?")
         return verbs[words[0]], words[1:]
     if pair == words[0] and seconds:
-        _wrong(f"a word is missing after {words[0]}: {', '.join(name.partition(' ')[2] for name in seconds)}")
+        wrong(f"a word is missing after {words[0]}: {', '.join(name.partition(' ')[2] for name in seconds)}")
     name = pair if seconds else words[0]
     near = difflib.get_close_matches(name, seconds or list(verbs), 1)
-    _wrong(f"'{name}' is no verb" + (f"; did you mean '{near[0]}'?" if near else ""))
+    wrong(f"'{name}' is no verb" + (f"; did you mean '{near[0]}'?" if near else ""))

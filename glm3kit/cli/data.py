@@ -5,7 +5,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from glm3kit.cli.arguments import RUN, argument, config_of, print_json, switch, verb
+from glm3kit.cli.arguments import RUN, argument, config_of, json_text, switch, verb
 
 
 @verb("data", *RUN,
@@ -30,7 +30,7 @@ def data(args: argparse.Namespace) -> None:
         page = write_report(parts, config.job_dir / "data_report.html", f"The data of {config.name}")
         print(f"\n{page}: the same with the histograms of lengths")
     else:
-        print_json({name: tokens.report for name, tokens in files.items()})
+        print(json_text({name: tokens.report for name, tokens in files.items()}))
     if args.format == "mindrecord":
         from glm3kit.data.mindrecord import write_mindrecord
 

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from glm3kit.cli.arguments import RUN, argument, config_of, either, picture, print_json, switch, titled, verb
+from glm3kit.cli.arguments import RUN, argument, config_of, either, json_text, switch, titled, verb
 from glm3kit.files import atomic_path
 
 JOB = argument("job", metavar="JOB", help="the folder of a job")
@@ -51,7 +51,7 @@ def _job(args: argparse.Namespace) -> Any:
 @verb("status", JOB, example="status output/tiny")
 def status(args: argparse.Namespace) -> None:
     """Show the state of a job."""
-    print_json(_job(args).state())
+    print(json_text(_job(args).state()))
 
 
 @verb("wait", JOB, example="wait output/tiny")
@@ -101,10 +101,12 @@ def train(args: argparse.Namespace) -> None:
 
 @verb("plot",
       argument("logs", metavar="LOG", nargs="+", type=Path, help="a job, metrics.jsonl, or a MindFormers log"),
-      argument("-o", dest="output", metavar="FILE", type=picture, required=True, help="a .png, .svg or .pdf"),
+      argument("-o", dest="output", metavar="FILE", type=Path, required=True, help="a .png, .svg or .pdf"),
       example="plot output/tiny -o loss.png")
 def plot(args: argparse.Namespace) -> None:
     """Plot loss, learning rate and speed of a run."""
+    if args.output.suffix not in (".png", ".svg", ".pdf"):
+        args.error(f"{args.output}: the name says the form of a picture; end it with .png, .svg or .pdf")
     from glm3kit.jobs.metrics import read_metrics
     from glm3kit.notebook.figures import loss_figure
 

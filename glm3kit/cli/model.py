@@ -5,7 +5,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from glm3kit.cli.arguments import RUN, argument, config_of, print_json, switch, verb
+from glm3kit.cli.arguments import RUN, argument, config_of, json_text, switch, verb
 from glm3kit.errors import ConfigError, JobError
 from glm3kit.files import atomic_write
 
@@ -45,7 +45,7 @@ def evaluate(args: argparse.Namespace) -> None:
     answers = result.pop("answers", [])
     if args.answers:
         atomic_write(args.answers, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers))
-    print_json(result)
+    print(json_text(result))
 
 
 @verb("predict", *RUN,

@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict
 from ipaddress import ip_address
 
-from glm3kit.cli.arguments import OVERRIDES, RUN, argument, config_of, print_json, switch, verb
+from glm3kit.cli.arguments import OVERRIDES, RUN, argument, config_of, json_text, switch, verb
 from glm3kit.errors import RankTableError
 from glm3kit.setup.checks import format_checks, run_checks
 from glm3kit.setup.hccn import make_rank_table, parse_devices, table_name
@@ -30,10 +30,7 @@ TABLE = argument("path", metavar="PATH", nargs="?", help="default: what RANK_TAB
 def check(args: argparse.Namespace) -> int:
     """Check whether this machine is ready."""
     checks = run_checks(config_of(args) if args.config else None)
-    if args.json:
-        print_json([asdict(item) for item in checks])
-    else:
-        print(format_checks(checks))
+    print(json_text([asdict(item) for item in checks]) if args.json else format_checks(checks))
     return int(any(item.state == "failed" for item in checks))
 
 
@@ -44,10 +41,7 @@ def memory(args: argparse.Namespace) -> None:
     from glm3kit.setup.memory import estimate_memory, memory_table
 
     parts = estimate_memory(config_of(args))
-    if args.json:
-        print_json(parts | {"sum": sum(parts.values())})
-    else:
-        print(memory_table(parts))
+    print(json_text(parts | {"sum": sum(parts.values())}) if args.json else memory_table(parts))
 
 
 @verb("rank-table show", TABLE, switch("--json", 'print it as version "1.0"'),
@@ -57,10 +51,7 @@ def rank_table_show(args: argparse.Namespace) -> None:
     from glm3kit.jobs.plan import own_addresses
 
     table = read_rank_table(rank_table_path(args.path))
-    if args.json:
-        print_json(table.to_dict())
-    else:
-        print(format_rank_table(table, own_addresses()))
+    print(json_text(table.to_dict()) if args.json else format_rank_table(table, own_addresses()))
 
 
 @verb("rank-table check", TABLE, example="rank-table check hccl.json")

@@ -7,7 +7,7 @@ The defaults of `model` are the published config.json of ChatGLM3-6B; those of `
 """
 
 import json
-from collections.abc import Iterator
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from glm3kit.config.faults import faults_of
+from glm3kit.config.faults import validated
 from glm3kit.errors import ConfigError
 from glm3kit.files import atomic_write
 
@@ -36,9 +36,7 @@ LoraTarget = Literal["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h
 Paths = Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
 Ids = Annotated[tuple[Annotated[int, Field(strict=True)], ...], Field(strict=False),
                 BeforeValidator(lambda v: (v,) if isinstance(v, int) else v)]
-# Keys that hold paths.
-PATH_KEYS = (("output_dir",), ("model", "checkpoint_name_or_path"), ("model", "adapters_path"),
-             ("model", "tokenizer_path"), ("data", "train_path"), ("data", "eval_path"))
+ROW_KEYS = {"train_path", "max_source_length", "max_target_length", "max_seq_length"}  # of data; the window follows
 # What all ChatGLM3 models have in common, as their config.json says it; another value is another model.
 ARCHITECTURE = {"rmsnorm": True, "add_bias_linear": False, "add_qkv_bias": True, "multi_query_attention": True,
                 "post_layer_norm": True, "apply_residual_connection_post_layernorm": False, "original_rope": True}
@@ -113,10 +111,7 @@ class ModelConfig(Group):
             raise ConfigError(f"{path}: not ChatGLM3's architecture: {', '.join(other)}")
         fields = {key: published[key] for key in cls.model_fields if key in published}
         dtype = published.get("torch_dtype", "float16")
-        try:
-            return cls(**{"param_dtype": dtype, "compute_dtype": dtype} | fields | changes)
-        except ValidationError as err:
-            raise ConfigError("\n".join(faults_of(err, {}, str(path), cls))) from err
+        return validated(cls, {"param_dtype": dtype, "compute_dtype": dtype} | fields | changes, {}, str(path))
 
     def to_hf(self) -> dict[str, Any]:
         """The content of the published config.json for these sizes; `from_hf` reads it back, the official code too."""
@@ -161,7 +156,7 @@ class DataConfig(Group):
     @property
     def names_rows(self) -> bool:
         """Whether rows or their lengths were given, so that `seq_length` is more than a default."""
-        return bool(self.model_fields_set & {"train_path", "max_source_length", "max_target_length", "max_seq_length"})
+        return not ROW_KEYS.isdisjoint(self.model_fields_set)
 
     @property
     def row_rule(self) -> str:
@@ -300,40 +295,38 @@ class RunConfig(Group):
         return model.model_copy(update={"seq_length": data.seq_length})
 
     @model_validator(mode="after")
-    def _check(self) -> "RunConfig":
-        if conflicts := list(self._conflicts()):
-            raise ValueError("\n".join(conflicts))
-        return self
-
-    def _conflicts(self) -> Iterator[str]:
-        """What settings of different groups ask of each other, where it does not hold."""
-        data, derived, base = self.data, self.data.seq_length, self.model.checkpoint_name_or_path
+    def _check_conflicts(self) -> "RunConfig":
+        """What settings of different groups ask of each other."""
+        model, data, faults = self.model, self.data, []
         if data.max_seq_length and {"max_source_length", "max_target_length"} <= data.model_fields_set:
             if data.max_seq_length != data.max_source_length + data.max_target_length + 1:
-                yield f"data.max_seq_length is {data.max_seq_length}, but {data.row_rule}; give one or the other"
-        if data.names_rows and self.model.seq_length != derived:
-            rule = f"max_seq_length is {derived}" if data.max_seq_length else data.row_rule
-            yield (f"model.seq_length is {self.model.seq_length}, but in data {rule}; leave model.seq_length out (it "
-                   "is derived), or change the lengths in data")
-        if base is None and (self.model.adapters_path or (self.train.lora and self.train.lora.adapters_only)):
-            key = "model.adapters_path" if self.model.adapters_path else "train.lora.adapters_only"
-            yield (f"{key} is set, but model.checkpoint_name_or_path names no weights to fold adapters into; set it "
-                   "too")
+                faults.append(f"data.max_seq_length is {data.max_seq_length}, but {data.row_rule}; give one or the "
+                              "other")
+        if data.names_rows and model.seq_length != data.seq_length:
+            rule = f"max_seq_length is {data.max_seq_length}" if data.max_seq_length else data.row_rule
+            faults.append(f"model.seq_length is {model.seq_length}, but in data {rule}; leave model.seq_length out (it "
+                          "is derived), or change the lengths in data")
+        adapters_only = self.train.lora and self.train.lora.adapters_only
+        if model.checkpoint_name_or_path is None and (model.adapters_path or adapters_only):
+            faults.append(f"{'model.adapters_path' if model.adapters_path else 'train.lora.adapters_only'} is set, but "
+                          "model.checkpoint_name_or_path names no weights to fold adapters into; set it too")
         if self.train.eval_steps and not data.eval_path:
-            yield ("train.eval_steps is set, but data.eval_path names no held-out rows; give some, or leave eval_steps "
-                   "out")
+            faults.append("train.eval_steps is set, but data.eval_path names no held-out rows; give some, or leave "
+                          "eval_steps out")
         ranks = self.parallel.tensor_parallel
         if uneven := self._uneven(ranks):
-            fits = [n for n in range(1, self.model.num_attention_heads + 1) if not self._uneven(n)]
-            yield (f"parallel.tensor_parallel is {ranks}, which does not divide {', '.join(uneven)}; these would do: "
-                   f"{', '.join(map(str, fits))}")
+            fits = [n for n in range(1, model.num_attention_heads + 1) if not self._uneven(n)]
+            faults.append(f"parallel.tensor_parallel is {ranks}, which does not divide {', '.join(uneven)}; these "
+                          f"would do: {', '.join(map(str, fits))}")
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
 
     def _uneven(self, ranks: int) -> list[str]:
         """The sizes that so many ranks cannot share evenly; several ranks may hold the same key/value group."""
-        sizes = {key: getattr(self.model, key) for key in ("num_attention_heads", "multi_query_group_num",
-                                                           "ffn_hidden_size", "padded_vocab_size")}
-        return [f"{key} {size}" for key, size in sizes.items()
-                if size % ranks and not (key == "multi_query_group_num" and ranks % size == 0)]
+        keys = ("num_attention_heads", "multi_query_group_num", "ffn_hidden_size", "padded_vocab_size")
+        return [f"{key} {size}" for key in keys if (size := getattr(self.model, key)) % ranks
+                and not (key == "multi_query_group_num" and ranks % size == 0)]
 
     @property
     def job_dir(self) -> Path:
@@ -342,19 +335,17 @@ class RunConfig(Group):
 
     def save(self, path: str | Path) -> None:
         """Write the complete configuration as YAML that `load_config` reads back equal; paths become absolute."""
-        values = absolute_paths(self.model_dump(mode="json"), Path.cwd())
-        if self.model.seq_length != self.data.seq_length:  # no rows or lengths were given: defaults must not look so
-            for key in ("train_path", "max_source_length", "max_target_length", "max_seq_length"):
-                del values["data"][key]
+        unset = None if self.data.names_rows else {"data": ROW_KEYS}  # once written, defaults would look given
+        values = absolute_paths(self.model_dump(mode="json", exclude=unset), Path.cwd())
         atomic_write(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
-def absolute_paths(value: Any, folder: Path, keys: tuple[str, ...] = ()) -> Any:
-    """A parsed value with its paths made absolute from `folder`; keys: where it stands in a configuration."""
+def absolute_paths(value: Any, folder: Path, key: str = "") -> Any:
+    """A parsed value with its paths made absolute from `folder`: what stands at a key ..._path, and output_dir."""
     if isinstance(value, dict):
-        return {key: absolute_paths(item, folder, (*keys, key)) for key, item in value.items()}
-    if keys not in PATH_KEYS:
-        return value
+        return {name: absolute_paths(item, folder, name) for name, item in value.items()}
     if isinstance(value, list):
-        return [absolute_paths(item, folder, keys) for item in value]
-    return str((folder / Path(value).expanduser()).resolve()) if isinstance(value, str) else value
+        return [absolute_paths(item, folder, key) for item in value]
+    if isinstance(value, str) and key.endswith(("_path", "output_dir")):
+        return str((folder / os.path.expanduser(value)).resolve())  # Path.expanduser raises where there is no such user
+    return value

@@ -9,9 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from glm3kit.config.faults import faults_of
+from glm3kit.config.faults import validated
 from glm3kit.config.groups import RunConfig, absolute_paths
 from glm3kit.config.yaml_lines import parse_yaml, read_yaml
 from glm3kit.errors import ConfigError
@@ -29,16 +27,15 @@ def _parse_override(override: str) -> tuple[tuple[str, ...], Any]:
     if not equals or not all(keys):
         raise ConfigError(f"override '{override}': expected group.key=value, such as train.batch_size=2")
     parsed, _ = parse_yaml(f"value: {value.strip() or 'null'}", f"override '{override}'")
-    return keys, absolute_paths(parsed["value"], Path.cwd(), keys)
+    return keys, absolute_paths(parsed["value"], Path.cwd(), keys[-1])
 
 
-def _put(values: dict, keys: tuple[str, ...], value: Any) -> None:
-    """Replace one value, and create the groups that it stands in."""
-    for key in keys[:-1]:
-        if not isinstance(values.get(key), dict):
-            values[key] = {}
-        values = values[key]
-    values[keys[-1]] = value
+def _with(values: Any, keys: tuple[str, ...], value: Any) -> Any:
+    """The values with one replaced, in groups that are created where there are none."""
+    if not keys:
+        return value
+    group = values if isinstance(values, dict) else {}
+    return group | {keys[0]: _with(group.get(keys[0]), keys[1:], value)}
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -64,12 +61,12 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         except ConfigError as err:
             faults.append(str(err))
             continue
-        _put(values, keys, value)
+        values = _with(values, keys, value)
         where[keys] = f"override '{override}'"
     try:
-        config = RunConfig(**values)
-    except ValidationError as err:
-        faults += faults_of(err, where, str(path), RunConfig)
+        config = validated(RunConfig, values, where, str(path))
+    except ConfigError as err:
+        faults.append(str(err))
     if faults:
         raise ConfigError("\n".join(faults))
     return config

@@ -7,13 +7,12 @@ the tokenizer under `processor.tokenizer.vocab_file`. What it says beyond that i
 """
 
 import difflib
+import os
 import warnings
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from glm3kit.config.faults import faults_of
+from glm3kit.config.faults import validated
 from glm3kit.config.groups import ARCHITECTURE, ModelConfig
 from glm3kit.config.load import is_mindformers, load_config
 from glm3kit.config.yaml_lines import read_yaml
@@ -38,19 +37,8 @@ def _leaves(values: dict[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[st
     return leaves
 
 
-def _path_value(place: tuple[str, ...], value: Any) -> Any:
-    """A path as MindFormers means it, from the working directory; None for an empty one."""
-    if not isinstance(value, str):
-        return value
-    path = Path(value).expanduser()
-    if place == WEIGHTS and value and not path.suffix and path.name == value and not path.exists():
-        raise ConfigError(f"checkpoint_name_or_path is '{value}', a model that MindFormers would download; give the "
-                          "path of the weights here, or '' for random ones")
-    return str(path.resolve()) if value else None
-
-
-def model_fields(values: dict[str, Any], lines: dict[tuple, int],
-                 source: str) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
+def _model_fields(values: dict[str, Any], lines: dict[tuple, int],
+                  source: str) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
     """Fields of ModelConfig that a parsed MindFormers YAML gives, and the paths of the keys that have no use here.
 
     lines: the line of each key, for messages.
@@ -61,12 +49,16 @@ def model_fields(values: dict[str, Any], lines: dict[tuple, int],
     field_of = {place: field for field, place in PLACES.items()}
     for place, value in _leaves(values).items():
         value = None if value == "None" else value  # Python's word, which YAML reads as a text
-        where = f"{source}:{lines.get(place, 1)}: {'.'.join(place)}"  # a merged key (<<) has no line of its own
+        at = f"{source}:{lines.get(place, 1)}"  # a merged key (<<) has no line of its own
+        where = f"{at}: {'.'.join(place)}"
+        if place in (WEIGHTS, VOCABULARY) and isinstance(value, str):  # from the working directory, "" for none
+            path = Path(os.path.expanduser(value))
+            if place == WEIGHTS and path.name == value and not path.suffix and not path.exists():
+                faults.append(f"{at}: checkpoint_name_or_path is '{value}', a model that MindFormers would download; "
+                              "give the path of the weights here, or '' for random ones")
+            value = str(path.resolve()) if value else None
         if place in field_of:
-            try:
-                fields[field_of[place]] = _path_value(place, value) if place in (WEIGHTS, VOCABULARY) else value
-            except ConfigError as err:
-                faults.append(f"{source}:{lines.get(place, 1)}: {err}")
+            fields[field_of[place]] = value
         elif place in FIXED:
             if value != FIXED[place]:
                 faults.append(f"{where} is {value!r}, expected {FIXED[place]!r}: the kit has ChatGLM3 only")
@@ -78,12 +70,6 @@ def model_fields(values: dict[str, Any], lines: dict[tuple, int],
     if faults:
         raise ConfigError("\n".join(faults))
     return fields, ignored
-
-
-def _grouped(paths: list[tuple[str, ...]]) -> str:
-    """Paths for a message: of groups other than the model's and the processor's only the group's name."""
-    return ", ".join(dict.fromkeys(".".join(path if path[0] in ("model", "processor") else path[:1])
-                                   for path in paths))
 
 
 class AutoConfig:
@@ -102,13 +88,12 @@ class AutoConfig:
         values, lines = read_yaml(path)
         if not is_mindformers(values):
             return load_config(path).model
-        fields, ignored = model_fields(values, lines, str(path))
-        try:
-            config = ModelConfig(**fields)
-        except ValidationError as err:
-            places = {(field,): lines[place] for field, place in PLACES.items() if place in lines}
-            raise ConfigError("\n".join(faults_of(err, places, str(path), ModelConfig))) from err
-        if ignored:
-            warnings.warn(f"{path}: has no effect here: {_grouped(ignored)}; give settings of generation to "
+        fields, ignored = _model_fields(values, lines, str(path))
+        places = {(field,): lines[place] for field, place in PLACES.items() if place in lines}
+        config = validated(ModelConfig, fields, places, str(path))
+        if ignored:  # of groups other than the model's and the processor's only the group is named
+            names = dict.fromkeys(".".join(place if place[0] in ("model", "processor") else place[:1])
+                                  for place in ignored)
+            warnings.warn(f"{path}: has no effect here: {', '.join(names)}; give settings of generation to "
                           "model.generate, settings of training in the kit's form (configs/)", stacklevel=2)
         return config

@@ -53,11 +53,9 @@ def parse_yaml(text: str, source: str) -> tuple[dict, dict[tuple, int]]:
         mark = getattr(err, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
         raise ConfigError(f"{where}: {getattr(err, 'problem', None) or err}") from err
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
+    if not isinstance(values, dict | None):
         raise ConfigError(f"{source}: expected groups such as 'model:' and 'train:', got {type(values).__name__}")
-    return values, lines
+    return values or {}, lines
 
 
 def read_yaml(path: Path) -> tuple[dict, dict[tuple, int]]:

@@ -14,9 +14,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,6 @@ from glm3kit.setup.rank_table import ascend_cards, find_rank_table, read_rank_ta
 if TYPE_CHECKING:
     from glm3kit.config.groups import RunConfig
 
-PYTHON = (3, 10), (3, 12)  # oldest, newest
 OPTIMIZER_BYTES = 12  # a parameter: float32 weights and two moments
 # Prints one line of JSON: version, device.
 PROBE = """
@@ -75,10 +74,9 @@ class Machine:
 
 def check_python(machine: Machine, version: tuple[int, ...] = sys.version_info[:3]) -> Check:
     finding = f"{'.'.join(map(str, version))} at {sys.executable}"
-    oldest, newest = (".".join(map(str, bound)) for bound in PYTHON)
-    if PYTHON[0] <= version[:2] <= PYTHON[1]:
+    if (3, 10) <= version[:2] <= (3, 12):
         return Check("Python", "ok", finding)
-    return Check("Python", "failed", finding, f"use Python {oldest} to {newest}: MindSpore has no packages for others")
+    return Check("Python", "failed", finding, "use Python 3.10 to 3.12: MindSpore has no packages for others")
 
 
 def _installed(package: str) -> str | None:
@@ -93,28 +91,26 @@ def check_packages(machine: Machine, requirements: Iterable[str] | None = None) 
     from packaging.requirements import Requirement  # here: it may be missing
 
     if requirements is None:
-        try:
-            requirements = importlib.metadata.requires("glm3kit") or []
-        except importlib.metadata.PackageNotFoundError:
+        if _installed("glm3kit") is None:
             return Check("packages", "warning", "glm3kit is used without being installed: nothing says what it needs",
                          "in the folder of pyproject.toml: pip install .")
+        requirements = importlib.metadata.requires("glm3kit") or []
     here = [needed for needed in map(Requirement, requirements)
             if needed.marker is None or needed.marker.evaluate({"extra": ""})]
-    wrong = [(needed, f"is {version}" if version else "is missing")
-             for needed in here for version in [_installed(needed.name)]
+    found = {needed: _installed(needed.name) for needed in here}
+    wrong = [needed for needed, version in found.items()
              if version is None or not needed.specifier.contains(version, prereleases=True)]
     if not wrong:
         return Check("packages", "ok", f"{len(here)} packages are in the versions asked for")
-    finding = "; ".join(f"{needed.name} {what}, expected {needed.specifier or 'any'}" for needed, what in wrong)
-    names = " ".join(f"'{needed.name}{needed.specifier}'" for needed, _ in wrong)
+    finding = "; ".join(f"{needed.name} is {found[needed] or 'missing'}, expected {needed.specifier or 'any'}"
+                        for needed in wrong)
+    names = " ".join(f"'{needed.name}{needed.specifier}'" for needed in wrong)
     return Check("packages", "failed", finding, f"pip install {names}")
 
 
 def check_numpy(machine: Machine, version: str | None = None) -> Check:
-    version = version or _installed("numpy")
-    if version is None:
-        return Check("NumPy", "failed", "is missing", "pip install 'numpy<2'")
-    if int(version.split(".")[0]) < 2:
+    version = version or _installed("numpy") or "missing"
+    if version.startswith("1."):
         return Check("NumPy", "ok", version)
     return Check("NumPy", "failed", f"{version}; MindSpore is compiled against NumPy 1: some operators fail to import",
                  "pip install 'numpy<2', then restart the kernel")
@@ -147,23 +143,9 @@ def _memory_bytes(root: Path) -> int:
 
     total = psutil.virtual_memory().total
     for place in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup 2, cgroup 1
-        try:
+        with suppress(OSError, ValueError):  # no such file; "max"
             total = min(total, int((root / "sys/fs/cgroup" / place).read_text()))
-        except (OSError, ValueError):  # no such file; "max"
-            continue
     return total
-
-
-def _weights(config: "RunConfig") -> tuple[int, int]:
-    """How many weights the model has, and how many bytes they take."""
-    from glm3kit.weights.names import parameter_shapes  # here: see the top
-
-    count = sum(map(prod, parameter_shapes(config.model).values()))
-    return count, count * (4 if config.model.param_dtype == "float32" else 2)
-
-
-def _gigabytes(count: float) -> str:
-    return f"{count / 1e9:.1f} GB"
 
 
 def _npu_smi(machine: Machine) -> str:
@@ -192,11 +174,13 @@ def check_devices(machine: Machine) -> Check:
         return Check("devices", "failed", "no Ascend card: there is no /dev/davinci0",
                      "use a machine with cards (in a container: pass them in), or set parallel.device_target to CPU")
     memory, cores = _memory_bytes(machine.root), os.cpu_count() or 1
-    finding = f"CPU: {cores} cores, {_gigabytes(memory)} of memory"
-    if config:  # every data-parallel process holds all weights
-        needed = _weights(config)[1] * config.parallel.data_parallel
+    finding = f"CPU: {cores} cores, {memory / 1e9:.1f} GB of memory"
+    if config:
+        from glm3kit.setup.memory import estimate_memory  # here: see the top
+
+        needed = estimate_memory(config)["weights"] * machine.ranks
         if needed > memory:
-            return Check("devices", "warning", f"{finding}; the weights alone take {_gigabytes(needed)}",
+            return Check("devices", "warning", f"{finding}; the weights alone take {needed / 1e9:.1f} GB",
                          "use a machine with Ascend cards, or a smaller model such as configs/tiny.yaml")
     return Check("devices", "ok", finding)
 
@@ -210,9 +194,8 @@ def check_rank_table(machine: Machine) -> Check:
     if machine.target == "CPU":
         return Check("rank table", "skipped", f"{finding}; not used: parallel.device_target is CPU")
     table.first(machine.ranks)  # raises where it lists fewer devices
-    several = len(table.servers) > 1
-    return Check("rank table", "ok", finding,
-                 "launch the same on each, with an output_dir that all of them see" if several else "")
+    together = "launch the same on each, with an output_dir that all of them see" if len(table.servers) > 1 else ""
+    return Check("rank table", "ok", finding, together)
 
 
 def check_disk(machine: Machine) -> Check:
@@ -223,13 +206,16 @@ def check_disk(machine: Machine) -> Check:
         return Check("disk", "failed", f"{place} is no folder that can be written",
                      "set output_dir to a folder of yours")
     free = shutil.disk_usage(place).free
-    finding = f"{_gigabytes(free)} free for {folder}"
+    finding = f"{free / 1e9:.1f} GB free for {folder}"
     if config is None:
         return Check("disk", "ok", finding)
-    parameters, weights = _weights(config)
+    from glm3kit.setup.memory import parameter_count  # here: see the top
+    from glm3kit.weights.tensors import DTYPES  # here: see the top
+
+    parameters, weight = parameter_count(config.model), DTYPES[config.model.param_dtype].itemsize
     count = config.train.keep_checkpoints + 1  # the new one is complete before an old one goes
-    needed = count * (weights + parameters * OPTIMIZER_BYTES) + weights
-    finding += f"; {count} checkpoints and merged weights take about {_gigabytes(needed)}"
+    needed = parameters * (count * (weight + OPTIMIZER_BYTES) + weight)
+    finding += f"; {count} checkpoints and merged weights take about {needed / 1e9:.1f} GB"
     if free < needed:
         return Check("disk", "warning", finding, "set output_dir to a larger disk, or lower train.keep_checkpoints")
     return Check("disk", "ok", finding)
@@ -277,7 +263,7 @@ def check_weights(machine: Machine) -> Check:
 
     specs, shapes = read_weights(path).specs, parameter_shapes(machine.config.model)
     wrong = [name for name in {**shapes, **specs} if name not in specs or specs[name].shape != shapes.get(name)]
-    finding = f"{path}: {len(specs)} tensors, {_gigabytes(sum(spec.nbytes for spec in specs.values()))}"
+    finding = f"{path}: {len(specs)} tensors, {sum(spec.nbytes for spec in specs.values()) / 1e9:.1f} GB"
     if wrong:
         return Check("weights", "failed", f"{finding}; {len(wrong)} do not fit the configuration, such as {wrong[0]}",
                      "use the weights that belong to these sizes, or correct the sizes in model")
@@ -318,9 +304,5 @@ def run_checks(config: "RunConfig | None" = None, environ: Mapping[str, str] = o
 
 def format_checks(checks: Iterable[Check]) -> str:
     """The checks as plain text: state, name and finding in a line, the next step below where there is one."""
-    lines = []
-    for check in checks:
-        lines.append(f"{check.state:<8} {check.name:<16} {check.finding}")
-        if check.next_step:
-            lines.append(f"{'':<25} -> {check.next_step}")
-    return "\n".join(lines)
+    return "\n".join(f"{check.state:<8} {check.name:<16} {check.finding}"
+                     + (f"\n{'':<25} -> {check.next_step}" if check.next_step else "") for check in checks)

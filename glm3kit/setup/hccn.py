@@ -18,11 +18,6 @@ from glm3kit.errors import RankTableError
 from glm3kit.setup.rank_table import RankTable
 from glm3kit.setup.rank_table_forms import Device, Server, is_address
 
-TOOL = "hccn_tool"
-TOOL_FOLDER = "usr/local/Ascend/driver/tools"  # where the driver puts it, off most people's PATH
-CONFIG = "etc/hccn.conf"
-TIME_LIMIT_S = 30
-
 
 def parse_devices(text: str) -> list[int]:
     """Read a half-open range of device ids: "[0,8)" -> 0 to 7.
@@ -47,7 +42,7 @@ def _ask_tool(tool: str, device: int) -> str:
     """The address that hccn_tool prints ("ipaddr:192.168.0.1"); raises RankTableError where it prints none."""
     try:
         done = subprocess.run([tool, "-i", str(device), "-ip", "-g"], capture_output=True, text=True, errors="replace",
-                              timeout=TIME_LIMIT_S, stdin=subprocess.DEVNULL, check=False)
+                              timeout=30, stdin=subprocess.DEVNULL, check=False)
     except (OSError, subprocess.TimeoutExpired) as err:
         raise RankTableError(f"{tool} -i {device} -ip -g: {err}") from err
     found = re.search(r"ipaddr:\s*([0-9a-fA-F.:]+)", done.stdout)
@@ -64,14 +59,14 @@ def device_addresses(devices: Sequence[int], environ: Mapping[str, str] = os.env
 
     Raises RankTableError that names what was tried and the devices without an address.
     """
-    places = os.pathsep.join([environ.get("PATH", os.defpath), str(Path(root) / TOOL_FOLDER)])
-    tool, config = shutil.which(TOOL, path=places), Path(root) / CONFIG
-    refused = f"{TOOL}: not found on PATH or in {Path(root) / TOOL_FOLDER}"
-    if tool:
+    folder = Path(root) / "usr/local/Ascend/driver/tools"  # where the driver puts it, off most people's PATH
+    refused = f"hccn_tool: not found on PATH or in {folder}"
+    if tool := shutil.which("hccn_tool", path=f"{environ.get('PATH', os.defpath)}{os.pathsep}{folder}"):
         try:
             return {device: _ask_tool(tool, device) for device in devices}
         except RankTableError as err:  # in a container it may be refused what a file tells
             refused = str(err)
+    config = Path(root) / "etc/hccn.conf"
     try:
         text = config.read_text(encoding="utf-8", errors="replace")
     except OSError as err:
@@ -85,28 +80,24 @@ def device_addresses(devices: Sequence[int], environ: Mapping[str, str] = os.env
     return {device: found[device] for device in devices}
 
 
-def own_name_address() -> str:
-    """The address of this machine's name, which is what hccl_tools.py takes; often 127.0.1.1."""
-    try:
-        return socket.gethostbyname(socket.gethostname())
-    except OSError as err:
-        raise RankTableError(f"this machine's name {socket.gethostname()} has no address ({err}); "
-                             "give --server-ip") from err
-
-
 def make_rank_table(devices: Sequence[int], server_ip: str | None = None, environ: Mapping[str, str] = os.environ,
                     root: str | Path = "/") -> RankTable:
     """The rank table of this machine for some of its devices, ranks in their order.
 
-    server_ip: this machine's address on the network between the machines; default: that of its name. Tables that
-        will be merged need it: names often have the same loopback address on every machine.
+    server_ip: this machine's address on the network between the machines; default: that of its name, as hccl_tools.py
+        takes it. Tables that will be merged need it: names often have the same loopback address on every machine.
     Raises RankTableError if a device has no address.
     """
     if server_ip is not None and not is_address(server_ip):
         raise RankTableError(f"--server-ip {server_ip}: is no address; expected one such as 10.0.0.1")
+    try:
+        server_ip = server_ip or socket.gethostbyname(socket.gethostname())
+    except OSError as err:
+        raise RankTableError(f"this machine's name {socket.gethostname()} has no address ({err}); "
+                             "give --server-ip") from err
     addresses = device_addresses(devices, environ, root)
     cards = tuple(Device(str(device), addresses[device], str(rank)) for rank, device in enumerate(devices))
-    return RankTable((Server(server_ip or own_name_address(), cards, host_nic_ip="reserve"),), "this machine")
+    return RankTable((Server(server_ip, cards, host_nic_ip="reserve"),), "this machine")
 
 
 def table_name(table: RankTable) -> str:

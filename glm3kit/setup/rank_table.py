@@ -17,12 +17,11 @@ from pathlib import Path
 
 from glm3kit.errors import RankTableError
 from glm3kit.files import atomic_write
-from glm3kit.setup.rank_table_forms import Device, Server, Unfinished, conflicts, read_form
+from glm3kit.setup.rank_table_forms import Device, Server, conflicts, read_form
 
 MODELARTS_FOLDER = "user/config"
 MODELARTS_NAMES = ("jobstart_hccl.json", "nbstart_hccl.json")  # a training job's, a notebook's
 SHOWN_FAULTS = 8  # in the message of an error
-POLL_S = 2
 
 
 class UnfinishedTableError(RankTableError):
@@ -102,17 +101,10 @@ def _load(path: Path) -> dict:
         raise RankTableError(f"{path}: cannot be read as JSON text: {err}") from err
     if not isinstance(content, dict):
         raise RankTableError(f"{path}: holds a {type(content).__name__}; expected an object with status and devices")
-    return content
-
-
-def _read(path: Path) -> tuple[list[Server], list[str]]:
-    """The servers of a file and every fault of it; raises RankTableError where nothing can be read."""
-    try:
-        return read_form(_load(path))
-    except Unfinished as err:
+    if content.get("status") == "initializing":
         raise UnfinishedTableError(f'{path}: status is "initializing": the platform has not assigned all devices yet; '
-                                   'wait until status is "completed" (`glm3kit rank-table wait`), then try again'
-                                   ) from err
+                                   'wait until status is "completed" (`glm3kit rank-table wait`), then try again')
+    return content
 
 
 def read_rank_table(path: str | Path) -> RankTable:
@@ -123,7 +115,7 @@ def read_rank_table(path: str | Path) -> RankTable:
     another form (named), a server, device or address that repeats, counts that do not agree.
     Example: read_rank_table("/user/config/jobstart_hccl.json").rank_size -> 8
     """
-    servers, faults = _read(Path(path))
+    servers, faults = read_form(_load(Path(path)))
     _refuse(str(path), faults)
     return RankTable(tuple(servers), str(path))
 
@@ -131,7 +123,7 @@ def read_rank_table(path: str | Path) -> RankTable:
 def check_rank_table(path: str | Path) -> list[str]:
     """Every fault of a rank table; [] for one that can be used."""
     try:
-        return _read(Path(path))[1]
+        return read_form(_load(Path(path)))[1]
     except RankTableError as err:
         return [str(err).removeprefix(f"{path}: ")]
 
@@ -158,11 +150,9 @@ def find_rank_table(environ: Mapping[str, str] = os.environ, root: str | Path = 
     """
     given = environ.get("RANK_TABLE_FILE")
     folder = Path(given) if given else Path(root) / MODELARTS_FOLDER
-    if folder.is_file():
-        return folder
-    for name in MODELARTS_NAMES:
-        if (folder / name).is_file():
-            return folder / name
+    for path in (folder, *(folder / name for name in MODELARTS_NAMES)):
+        if path.is_file():
+            return path
     if given:
         found = f"a folder without {' or '.join(MODELARTS_NAMES)}" if folder.is_dir() else "no such file or folder"
         raise UnfinishedTableError(f"RANK_TABLE_FILE={given}: {found}; set it to the rank table, or unset it")
@@ -181,7 +171,7 @@ def rank_table_path(path: str | Path | None = None, environ: Mapping[str, str] =
 
 def wait_for_rank_table(path: str | Path | None = None, timeout_s: float = 600,
                         say: Callable[[str], None] = print, environ: Mapping[str, str] = os.environ,
-                        root: str | Path = "/", poll_s: float = POLL_S) -> RankTable:
+                        root: str | Path = "/", poll_s: float = 2) -> RankTable:
     """Read the rank table as soon as it is complete; a table that is complete already is returned at once.
 
     path: the file; by default where the platform puts it. say: is told what is being waited for, whenever that changes.
@@ -190,10 +180,8 @@ def wait_for_rank_table(path: str | Path | None = None, timeout_s: float = 600,
     Raises UnfinishedTableError if it is not complete after `timeout_s` seconds, RankTableError at once for a complete
     one with faults.
     """
-    start = time.monotonic()
-    told, before = "", None
+    start, told, before = time.monotonic(), "", None
     while True:
-        late = time.monotonic() - start > timeout_s
         try:
             place = rank_table_path(path, environ, root)
             table = read_rank_table(place)
@@ -201,13 +189,12 @@ def wait_for_rank_table(path: str | Path | None = None, timeout_s: float = 600,
                 return table
             before, what = table, f"{place}: is complete; making sure that it stays so"
         except UnfinishedTableError as err:
-            if late:
+            if time.monotonic() - start > timeout_s:
                 raise UnfinishedTableError(f"{err}\nWaited {timeout_s:g} s; is the job still being scheduled, or a pod "
                                            "pending? A longer time limit waits on") from err
-            back = "went back: a pod is being replaced. " if before else ""
-            before, what = None, back + str(err)
+            before, what = None, f"went back: a pod is being replaced. {err}" if before else str(err)
         if what != told:
-            say(f"waiting (at most {timeout_s:g} s): {what}" if not told else f"still waiting: {what}")
+            say(f"still waiting: {what}" if told else f"waiting (at most {timeout_s:g} s): {what}")
             told = what
         time.sleep(poll_s)
 
@@ -225,8 +212,7 @@ def local_rank_table(count: int, server_id: str = "127.0.0.1") -> RankTable:
     """
     if count < 1:
         raise RankTableError(f"a rank table of {count} devices was asked for; expected at least 1")
-    base = ipaddress.ip_address("127.0.0.1")
-    devices = tuple(Device(str(n), str(base + n), str(n)) for n in range(count))
+    devices = tuple(Device(str(n), str(ipaddress.ip_address("127.0.0.1") + n), str(n)) for n in range(count))
     return RankTable((Server(server_id, devices),), "local rank table")
 
 
@@ -244,13 +230,11 @@ def merge_rank_tables(tables: Sequence[RankTable]) -> RankTable:
     for number, table in enumerate(tables, start=1):
         name = f"table {number} ({table.source})"
         for server in table.servers:
-            marks = [f"server_id {server.server_id}"]
-            marks += [f"device_ip {device.device_ip}" for device in server.devices if device.device_ip]
-            for mark in marks:
-                if mark in owner:
+            addresses = [f"device_ip {device.device_ip}" for device in server.devices if device.device_ip]
+            for mark in (f"server_id {server.server_id}", *addresses):
+                if owner.setdefault(mark, name) != name:
                     raise RankTableError(f"{name}: {mark} is also in {owner[mark]}; expected every server once: "
                                          "give each file once, or regenerate with --server-ip set on each machine")
-            owner |= dict.fromkeys(marks, name)
             devices = tuple(dataclasses.replace(d, rank_id=str(base + int(d.rank_id))) for d in server.devices)
             servers.append(dataclasses.replace(server, devices=devices))
         base += table.rank_size

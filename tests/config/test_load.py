@@ -95,12 +95,14 @@ def test_overrides_win_and_create_groups(write):
 
 
 def test_paths_are_relative_to_the_file_and_overrides_to_the_working_directory(write, tmp_path, monkeypatch):
-    path = write("data: {train_path: rows.json}\nmodel: {tokenizer_path: ../tokenizer.model}")
+    path = write("data: {train_path: rows.json}\nmodel:\n  tokenizer_path: ../tokenizer.model\n"
+                 "  checkpoint_name_or_path: ~nobody-here/w\n")
     monkeypatch.chdir("/")
     config = load_config(path, ["data.eval_path=held_out.json"])
     assert config.data.train_path == (str(tmp_path / "rows.json"),)
     assert config.data.eval_path == ("/held_out.json",)
     assert config.model.tokenizer_path == str(tmp_path.parent / "tokenizer.model")
+    assert config.model.checkpoint_name_or_path == str(tmp_path / "~nobody-here/w"), "no such user: a name like others"
 
 
 def test_a_saved_configuration_reads_back_equal(write, tmp_path):

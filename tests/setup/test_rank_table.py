@@ -296,6 +296,7 @@ def test_one_server_needs_no_device_addresses_but_two_do(table_file):
     (version_1_0(("a", [device(0, rank=0), device(0, ip="10.0.0.9", rank=1)])), "device 0 of server a stands twice"),
     (version_1_0(("a", [device(0, rank=0)]), ("b", [device(0, rank=1)])), "device_ip 10.0.0.0 stands twice"),
     (groups(("p-0", "a", [device(0)]), ("p-0", "b", [device(1)])), "pod_names end in 0, 0"),
+    (groups(("p-0", "a", [device(0)]), ("p-" + "0" * 5000, "b", [device(1)])), "pod_names end in 0, 0"),
     (groups(("p-0", "a", [device(0)]), ("q", "b", [device(1)])), 'pod_name "q" ends in no number'),
     (groups(("p-0", "a", [device(0)]), ("p-1", "a", [device(1)])), "server_id a stands twice"),
     ({"status": "completed", "group_list": [{"device_count": "8", "instance_list": []}]},
