@@ -19,7 +19,7 @@ from typing import Any
 from glm3kit.checkpoint.layout import Layout
 from glm3kit.errors import CheckpointError
 from glm3kit.files import atomic_write
-from glm3kit.weights.formats.protobuf import Damaged, fields, varints
+from glm3kit.weights.formats.protobuf import read_message
 
 
 def write_strategy(path: str | Path, layouts: Mapping[str, Layout]) -> Path:
@@ -63,58 +63,29 @@ def _read_json(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     return next((entry["stage"] for entry in operators.values()), 0), content["parallel_layout_item"]
 
 
-# node_strategy.proto: the fields of ParallelLayouts that matter here
-LAYOUT_FIELDS = {1: "dev_matrix", 2: "tensor_map", 6: "opt_weight_shard_step", 7: "opt_weight_shard_size"}
-
-
-def _signed(number: int) -> int:
-    """A number below zero, which protobuf writes as its 64-bit complement."""
-    return number - (1 << 64) if number >> 63 else number
-
-
-def _dims(data: bytes, start: int, end: int) -> list[int]:
-    """The numbers of a message of repeated numbers, one a field or packed into one."""
-    dims = []
-    for field, first, last in fields(data, start, end):
-        if field != 1:
-            raise Damaged(f"field {field} among numbers at byte {start}")
-        dims += map(_signed, varints(data, first, last) if last else [first])
-    return dims
-
-
-def _read_layout(data: bytes, start: int, end: int) -> dict[str, Any]:
-    """A ParallelLayouts as JSON would have it."""
-    item: dict[str, Any] = {}
-    for field, first, last in fields(data, start, end):
-        if not last:
-            item[LAYOUT_FIELDS.get(field, "")] = _signed(first)
-        elif field in (1, 2):
-            item.setdefault(LAYOUT_FIELDS[field], []).append(_dims(data, first, last))
-    item["dev_matrix"], maps = item["dev_matrix"][0], item.get("tensor_map", [[]])
-    # Several maps: an axis each, which may be cut by several axes of the ranks; one: a number an axis.
-    item["tensor_map"] = [dims for dims in maps if dims] if len(maps) > 1 else maps[0]
-    return item
+# node_strategy.proto, as far as it matters here
+STRATEGY_MAP = {2: ("operators", [slice]), 3: ("parameters", [slice])}
+ENTRY = {1: ("name", str), 2: ("content", slice)}  # of an operator its strategy, of a parameter its layouts
+STAGE = {1: ("stage", int)}
+LAYOUTS = {1: ("dev_matrix", [slice]), 2: ("tensor_map", [slice]), 6: ("opt_weight_shard_step", int),
+           7: ("opt_weight_shard_size", int)}
+NUMBERS = {1: ("numbers", [int])}
 
 
 def _read_protobuf(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Stage and entries of a ParallelStrategyMap."""
+    """Stage and entries of a ParallelStrategyMap, as JSON would have them."""
     data = path.read_bytes()
-    stages, items = [], {}
-    for field, start, end in fields(data, 0, len(data)):
-        if field not in (2, 3) or not end:
-            continue
-        name, message = None, None  # of an operator and its strategy, or a parameter and its layouts
-        for inner, first, last in fields(data, start, end):
-            if inner == 1:
-                name = data[first:last].decode("utf-8")
-            elif inner == 2:
-                message = first, last
-        if name is None or message is None:
-            raise Damaged(f"no name or no layout at byte {start}")
-        if field == 2:
-            stages += [value for inner, value, last in fields(data, *message) if inner == 1 and not last]
-        else:
-            items[name] = _read_layout(data, *message)
+    strategy = read_message(data, slice(0, len(data)), STRATEGY_MAP)
+    operators, parameters = ([read_message(data, place, ENTRY) for place in places] for places in strategy.values())
+    stages = [read_message(data, operator["content"], STAGE, stage=0)["stage"] for operator in operators]
+    items = {}
+    for parameter in parameters:
+        item = read_message(data, parameter["content"], LAYOUTS, opt_weight_shard_step=0, opt_weight_shard_size=0)
+        (devices, *_), maps = ([read_message(data, place, NUMBERS)["numbers"] for place in item[key]]
+                               for key in ("dev_matrix", "tensor_map"))
+        # Several maps: an axis each, which may be cut by several axes of the ranks; one: a number an axis.
+        axes = [numbers for numbers in maps if numbers] if len(maps) > 1 else sum(maps, [])
+        items[parameter["name"]] = item | {"dev_matrix": devices, "tensor_map": axes}
     return next(iter(stages), 0), items
 
 

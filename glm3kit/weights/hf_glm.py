@@ -16,7 +16,7 @@ import sentencepiece
 from glm3kit.config.groups import ModelConfig
 from glm3kit.errors import ConfigError, DataError
 from glm3kit.text.tokenizer import SPECIAL_NAMES, ChatGLM3Tokenizer
-from glm3kit.weights.formats.protobuf import Damaged, fields
+from glm3kit.weights.formats.protobuf import Damaged, read_message
 
 PUBLISHED_STOP_IDS = (2, 64795, 64797)  # </s>, <|user|>, <|observation|>
 # "sop" would be found in the middle of words by those who look for special tokens in text, "<sop>" will not.
@@ -26,6 +26,10 @@ GLM_FIELDS = {"padded_vocab_size": "vocab_size", "hidden_size": "hidden_size", "
               "multi_query_group_num": "num_key_value_heads", "kv_channels": "head_dim",
               "layernorm_epsilon": "rms_norm_eps", "seq_length": "max_position_embeddings"}
 BPE = 2  # TrainerSpec.model_type
+# Of sentencepiece_model.proto: what decides how text is split and changed.
+MODEL = {2: ("trainer", slice), 3: ("normalizer", slice)}
+TRAINER = {3: ("model_type", int)}
+NORMALIZER = {2: ("character_map", slice), 3: ("add_dummy_prefix", int), 4: ("remove_extra_whitespaces", int)}
 SPACE = "▁"
 # Metadata and content are encoded on their own, each with the space that SentencePiece puts first.
 CHAT_TEMPLATE = """\
@@ -73,16 +77,15 @@ def chatglm_config(glm: dict[str, Any], path: str | Path) -> dict[str, Any]:
 
 def _check_model(path: Path, proto: bytes) -> None:
     """Refuse a SentencePiece model that Llama's form of BPE does not describe: other algorithms, changed texts."""
-    model_type, normalizer = 0, {2: 0, 3: 1, 4: 1}  # the form's defaults: no character map, prefix, spaces removed
     try:
-        for field, first, last in fields(proto, 0, len(proto)):
-            if field == 2:  # TrainerSpec
-                model_type = next((value for inner, value, _ in fields(proto, first, last) if inner == 3), 1)
-            elif field == 3:  # NormalizerSpec
-                normalizer |= {inner: end - value if end else value for inner, value, end in fields(proto, first, last)}
+        model = read_message(proto, slice(0, len(proto)), MODEL)
+        trainer = read_message(proto, model["trainer"], TRAINER, model_type=1)
+        normalizer = read_message(proto, model["normalizer"], NORMALIZER, character_map=slice(0, 0), add_dummy_prefix=1,
+                                  remove_extra_whitespaces=1)
     except Damaged as err:
         raise DataError(f"{path}: not a SentencePiece model ({err}); download the published tokenizer.model") from err
-    if model_type != BPE or [normalizer[key] for key in (2, 3, 4)] != [0, 1, 0]:
+    if (trainer["model_type"] != BPE or proto[normalizer["character_map"]] or not normalizer["add_dummy_prefix"]
+            or normalizer["remove_extra_whitespaces"]):
         raise DataError(f"{path}: a SentencePiece model of another kind than ChatGLM3's (BPE without normalization, "
                         "with a space put first); it cannot be written as tokenizer.json")
 

@@ -2,11 +2,12 @@
 
 MindSpore's .ckpt and SentencePiece's models are such messages: fields that are numbers, texts, or messages again.
 
-    [number for number, *_ in fields(data, 0, len(data))]
+    read_message(data, slice(0, len(data)), {1: ("dims", [int]), 2: ("type", str), 3: ("content", slice)})
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from mmap import mmap
+from typing import Any
 
 VARINT, BYTES = 0, 2  # wire types
 FIXED = {1: 8, 5: 4}  # those of fixed numbers, and their bytes
@@ -30,11 +31,17 @@ def varint(data: mmap | bytes, position: int, end: int) -> tuple[int, int]:
     raise Damaged(f"no length at byte {position}")
 
 
-def fields(data: mmap | bytes, position: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The fields of a message: (number, value, 0) for numbers, (number, first byte, byte after the last) for bytes.
+def _signed(number: int) -> int:
+    """A number below zero is written as its complement of 64 bits."""
+    return number - (number >> 63 << 64)
+
+
+def fields(data: mmap | bytes, place: slice) -> Iterator[tuple[int, int | slice]]:
+    """The fields of a message: (number, value), for bytes their place.
 
     Raises Damaged for what is no message. Fixed numbers, which nothing here needs, are passed over.
     """
+    position, end = place.start, place.stop
     while position < end:
         key, after = varint(data, position, end)
         if key & 7 in FIXED:
@@ -42,24 +49,52 @@ def fields(data: mmap | bytes, position: int, end: int) -> Iterator[tuple[int, i
             continue
         value, after = varint(data, after, end)
         if key & 7 == VARINT:
-            yield key >> 3, value, 0
+            yield key >> 3, _signed(value)
         elif key & 7 == BYTES:
             if after + value > end:
                 raise Damaged(f"byte {position} announces {value} bytes, {end - after} follow")
-            yield key >> 3, after, after + value
+            yield key >> 3, slice(after, after + value)
             after += value
         else:
             raise Damaged(f"no field of a tensor at byte {position}")
         position = after
 
 
-def varints(data: mmap | bytes, position: int, end: int) -> list[int]:
+def _packed(data: mmap | bytes, place: slice) -> Iterator[int]:
     """The numbers that are packed into one field."""
-    numbers = []
-    while position < end:
-        number, position = varint(data, position, end)
-        numbers.append(number)
-    return numbers
+    position = place.start
+    while position < place.stop:
+        number, position = varint(data, position, place.stop)
+        yield _signed(number)
+
+
+def read_message(data: mmap | bytes, place: slice, form: Mapping[int, tuple[str, Any]], **defaults: Any
+                 ) -> dict[str, Any]:
+    """What a message says, by the names that its form has for the numbers of fields; others are passed over.
+
+    form: number -> (name, kind). A kind is int, str or slice (the place of bytes, or of a message); [int] or [slice]
+    where there may be several.
+    Raises Damaged for a field of another kind, and for one that neither comes nor has a default.
+    """
+    result = {name: [] for name, kind in form.values() if type(kind) is list} | defaults
+    for number, value in fields(data, place):
+        if number not in form:
+            continue
+        name, kind = form[number]
+        if kind == [int] and type(value) is slice:  # packed into one field
+            result[name] += _packed(data, value)
+            continue
+        if kind is str and type(value) is slice:
+            value = data[value].decode("utf-8")
+        if kind == [type(value)]:
+            result[name].append(value)
+        elif kind is type(value):
+            result[name] = value
+        else:
+            raise Damaged(f"field {number} of the message at byte {place.start} is of another kind")
+    if missing := {name for name, _ in form.values()} - set(result):
+        raise Damaged(f"no {' or '.join(sorted(missing))} in the message at byte {place.start}")
+    return result
 
 
 def _number(value: int) -> bytes:
