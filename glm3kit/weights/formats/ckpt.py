@@ -74,7 +74,7 @@ def read_ckpt(path: str | Path) -> Tensors:
     try:
         data = map_file(path)
         specs, places, texts = _directory(data)
-        bytes_of = np.frombuffer(data, np.uint8)
+        bytes_of = np.ndarray(len(data), np.uint8, data)
     except ValueError as err:
         raise CheckpointError(f"{path}: no MindSpore checkpoint, or a damaged or encrypted one: {err}; "
                               "get it again, or save it without encryption") from err
