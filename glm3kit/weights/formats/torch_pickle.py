@@ -47,6 +47,10 @@ class Storage(NamedTuple):
     dtype: str
     size: int  # values
 
+    @property
+    def nbytes(self) -> int:
+        return TensorSpec(self.dtype, (self.size,)).nbytes
+
 
 class TensorRef(NamedTuple):
     """A tensor as the pickle tells it: a window of a storage; offset and strides count values."""
