@@ -208,29 +208,25 @@ def verify_weights(path: str | Path, *, progress: bool = True) -> int:
     if not names or not set(names) <= set(files):
         raise CheckpointError(f"{path}: {folder / MANIFEST} says nothing of it; it was not written by convert or merge")
     opened = {name: READERS[Path(name).suffix](folder / name) for name in names}
-    faults = []
-    expected: dict[tuple[str, str], str] = {}
-    for name, tensors in opened.items():
-        known = files[name]["tensors"]
-        faults += [f"'{tensor}' is missing in {name}" for tensor in known if tensor not in tensors]
-        for tensor, spec in tensors.specs.items():
-            entry = known.get(tensor)
-            if entry is None:
-                faults.append(f"'{tensor}' in {name} is not in the manifest")
-            elif (entry["dtype"], tuple(entry["shape"])) != spec:
-                faults.append(f"'{tensor}' in {name} is {spec.dtype} {list(spec.shape)}, was written as "
-                              f"{entry['dtype']} {entry['shape']}")
-            else:
-                expected[name, tensor] = entry["sha256"]
-    total = sum(opened[name].specs[tensor].nbytes for name, tensor in expected)
-    with (ThreadPoolExecutor() as pool,
-          tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=not progress) as bar):
-        for (name, tensor), found in zip(expected, pool.map(lambda key: sha256(opened[key[0]], key[1]), expected),
-                                         strict=True):
-            bar.update(opened[name].specs[tensor].nbytes)
-            if found != expected[name, tensor]:
-                faults.append(f"'{tensor}' in {name} has other values than were written")
-    if faults:
+
+    def fault(name: str, tensor: str) -> str | None:
+        written, spec = files[name]["tensors"].get(tensor), opened[name].specs.get(tensor)
+        if not spec:
+            return f"'{tensor}' is missing in {name}"
+        if not written:
+            return f"'{tensor}' in {name} is not in the manifest"
+        if (written["dtype"], tuple(written["shape"])) != spec:
+            return (f"'{tensor}' in {name} is {spec.dtype} {list(spec.shape)}, was written as {written['dtype']} "
+                    f"{written['shape']}")
+        if sha256(opened[name], tensor) != written["sha256"]:
+            return f"'{tensor}' in {name} has other values than were written"
+        return None
+
+    tensors = [(name, tensor) for name in names for tensor in {**files[name]["tensors"], **opened[name].specs}]
+    with ThreadPoolExecutor() as pool:
+        found = list(tqdm(pool.map(fault, *zip(*tensors, strict=True)), path.name, len(tensors), unit=" tensors",
+                          disable=not progress))
+    if faults := list(filter(None, found)):
         raise CheckpointError(f"{path}: {len(faults)} faults against {folder / MANIFEST}:\n  " + "\n  ".join(faults) +
                               "\nconvert again from the source")
-    return len(expected)
+    return len(tensors)
