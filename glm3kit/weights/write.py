@@ -6,6 +6,7 @@
 import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,6 @@ def destination_faults(path: Path, nbytes: int, as_folder: bool, force: bool) ->
     return faults
 
 
-def _write_file(path: Path, tensors: Tensors) -> None:
-    if path.suffix == ".ckpt":
-        write_ckpt(path, tensors)
-    else:
-        write_safetensors(path, tensors, tensors.metadata or {"format": "ms"})
-
-
 def write_weights(path: str | Path, tensors: Tensors, *, max_shard_size: int | None = None,
                   about: Mapping[str, Any] | None = None, beside: Mapping[str, bytes] | None = None,
                   force: bool = False, progress: bool = True) -> Path:
@@ -74,22 +68,24 @@ def write_weights(path: str | Path, tensors: Tensors, *, max_shard_size: int | N
         if max_shard_size:
             suffix = path.suffix if path.suffix in MINDSPORE_FORMS else ".safetensors"
             shards = cut_into_shards(tensors.specs, max_shard_size, suffix)
-            with atomic_folder(path) as folder:
-                for file, names in shards.items():
-                    _write_file(folder / file, watched.select(names))
-                others = {index_name(suffix): index_text(tensors.specs, shards), **(beside or {})}
-                for file, content in others.items():
-                    atomic_write(folder / file, content)
-                sums = checksums.finish()
-                write_manifest(folder, {file: manifest_entry(tensors.select(names), sums, about or {})
-                                        for file, names in shards.items()}, beside=others)
+            others = {index_name(suffix): index_text(tensors.specs, shards), **(beside or {})}
+            destination = atomic_folder(path)
         else:
-            entries = read_manifest(path.parent)
-            if entries.pop(path.name, None):  # it must not tell of an earlier file, should we be killed
-                write_manifest(path.parent, entries)
-            _write_file(path, watched)
-            entry = manifest_entry(tensors, checksums.finish(), about or {})
-            write_manifest(path.parent, read_manifest(path.parent) | {path.name: entry})
+            shards, others, destination = {path.name: list(tensors)}, None, nullcontext(path.parent)
+            known = read_manifest(path.parent)
+            if known.pop(path.name, None):  # it must not tell of an earlier file, should we be killed
+                write_manifest(path.parent, known)
+        with destination as folder:
+            for file, names in shards.items():
+                if file.endswith(".ckpt"):
+                    write_ckpt(folder / file, watched.select(names))
+                else:
+                    write_safetensors(folder / file, watched.select(names), tensors.metadata or {"format": "ms"})
+            for file, content in (others or {}).items():
+                atomic_write(folder / file, content)
+            sums = checksums.finish()
+            entries = {file: manifest_entry(tensors.select(names), sums, about or {}) for file, names in shards.items()}
+            write_manifest(folder, read_manifest(folder) | entries, others)
     return path
 
 

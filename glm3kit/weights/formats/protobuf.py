@@ -20,15 +20,11 @@ class Damaged(ValueError):
 def varint(data: mmap | bytes, position: int, end: int) -> tuple[int, int]:
     """Read a number of 7 bits a byte, lowest first: (number, position after it)."""
     number = 0
-    for shift in range(0, 70, 7):
-        if position >= end:
-            raise Damaged(f"it ends at byte {position}, in the middle of a tensor")
-        byte = data[position]
-        position += 1
-        number |= (byte & 0x7F) << shift
+    for count, byte in enumerate(data[position:min(position + 10, end)]):
+        number |= (byte & 0x7F) << 7 * count
         if byte < 0x80:
-            return number, position
-    raise Damaged(f"no length at byte {position}")
+            return number, position + count + 1
+    raise Damaged(f"no number at byte {position}, or the message ends in it")
 
 
 def _signed(number: int) -> int:
@@ -99,12 +95,7 @@ def read_message(data: mmap | bytes, place: slice, form: Mapping[int, tuple[str,
 
 def _number(value: int) -> bytes:
     """A number as protobuf writes it: 7 bits a byte, lowest first."""
-    result = bytearray()
-    while value > 0x7F:
-        result.append(value & 0x7F | 0x80)
-        value >>= 7
-    result.append(value)
-    return bytes(result)
+    return bytes([value]) if value < 0x80 else bytes([value & 0x7F | 0x80]) + _number(value >> 7)
 
 
 def field_head(number: int, wire_type: int, value: int) -> bytes:
