@@ -98,13 +98,13 @@ def merged_tensors(source: str | Path, strategy: str | Path | None = None) -> Te
     return whole
 
 
-def read_adapters(path: str | Path) -> Tensors:
+def read_adapters(path: str | Path, strategy: str | Path | None = None) -> Tensors:
     """The adapters of a .safetensors file, a job (its newest checkpoint) or a checkpoint, without weights beside them.
 
-    Raises CheckpointError where there are none.
+    strategy: as for `merged_tensors`. Raises CheckpointError where there are none.
     """
     path = Path(path)
-    stored = merged_tensors(path) if path.is_dir() else read_safetensors(path)
+    stored = merged_tensors(path, strategy) if path.is_dir() else read_safetensors(path)
     adapters = stored.select(filter(is_adapter, stored))
     if not adapters:
         raise CheckpointError(f"{path}: holds no adapters (lora_a, lora_b, lora_alpha), but "
@@ -135,12 +135,12 @@ def merge(source: str | Path, destination: str | Path, strategy: str | Path | No
     Example: merge("output/tiny", "output/tiny/merged.safetensors")
     """
     source = Path(source)
-    tensors = merged_tensors(source, strategy)
     if adapters:
-        tensors = read_adapters(source)
-    elif base or all(is_adapter(name) for name in tensors):
-        tensors = fold_adapters(tensors, read_weights(base or _base_weights(source)), str(source))
+        tensors = read_adapters(source, strategy)
     else:
-        tensors = fold_adapters(tensors, origin=str(source))
+        tensors = merged_tensors(source, strategy)
+        if base is None and all(map(is_adapter, tensors)):
+            base = _base_weights(source)
+        tensors = fold_adapters(tensors, read_weights(base) if base else None, str(source))
     return write_weights(destination, tensors, max_shard_size=max_shard_size, about={"source": str(source)},
                          force=force, progress=progress)

@@ -73,7 +73,7 @@ def _find_config(src: Path, config: str | Path | None, specs: Mapping[str, Tenso
         published = read_published(path)
         is_glm = isinstance(published, dict) and published.get("model_type") == "glm"
         return chatglm_config(published, path) if is_glm else published, str(path)
-    entries = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+    entries = read_manifest(folder)
     entry = next(iter(entries.values()), {}) if src.is_dir() else entries.get(src.name, {})
     if "config" in entry:
         return entry["config"], str(folder / MANIFEST)
@@ -110,7 +110,7 @@ def _companions(src: Path, to: str, cfg: ModelConfig, published: Mapping[str, An
     if to == "hf":
         folder = src if src.is_dir() else src.parent
         files = {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
-    if to == "hf-glm":
+    elif to == "hf-glm":
         stop_ids = ChatGLM3Tokenizer(tokenizer).stop_ids if tokenizer else PUBLISHED_STOP_IDS
         config = glm_config(cfg, dtype, stop_ids)
         files = tokenizer_files(tokenizer) if tokenizer else {}
@@ -159,13 +159,9 @@ def convert_weights(src: str | Path, dst: str | Path, to: str = "mindspore", dty
         max_shard_size = max_shard_size or HUB_SHARD
     weights = read_weights(src)
     published, where = _find_config(src, config, weights.specs)
-    cfg = ModelConfig.from_published(published, where) if published else None
+    cfg = ModelConfig.from_published(published, where) if where else None
     overflows: Counter[str] = Counter()
-
-    def in_type(tensors: Tensors) -> Tensors:
-        return tensors if dtype == "keep" else cast_tensors(tensors, dtype, overflows)
-
-    tensors = in_type(weights)
+    tensors = cast_tensors(weights, dtype, overflows)
     faults = _source_faults(src, dst, weights, cfg, where, to)
     if faults := faults + destination_faults(dst, tensors.nbytes, bool(max_shard_size), force):
         raise CheckpointError(f"{src}: nothing was converted: " + "\n".join(faults))
@@ -180,7 +176,7 @@ def convert_weights(src: str | Path, dst: str | Path, to: str = "mindspore", dty
         if to == "hf":
             tensors = published_tensors(tensors, cfg)
         elif to == "hf-glm":
-            tensors = in_type(glm_tensors(weights, cfg))
+            tensors = cast_tensors(glm_tensors(weights, cfg), dtype, overflows)
             if not vocabulary:
                 warnings.warn(f"{dst}: written without a tokenizer, none is beside {src}; name it with --tokenizer "
                               "(tokenizer=)", stacklevel=2)

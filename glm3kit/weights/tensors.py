@@ -150,10 +150,13 @@ def cast(array: np.ndarray, dtype: str, name: str = "tensor") -> np.ndarray:
 
 
 def cast_tensors(tensors: Tensors, dtype: str, overflows: Counter[str]) -> Tensors:
-    """The same tensors in another floating type, each cast when it is read; integers stay as they are.
+    """The same tensors in another floating type ("keep": their own), each cast when it is read; integers stay.
 
     overflows: counts, for each name, the values read through `blocks` that became infinite.
     """
+    if dtype == "keep":
+        return tensors
+
     def blocks(name: str) -> Iterator[np.ndarray]:
         for block in tensors.blocks(name):
             if specs[name] != tensors.specs[name]:

@@ -4,7 +4,7 @@
 """
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -96,11 +96,5 @@ def published_tensors(weights: Tensors, cfg: ModelConfig) -> Tensors:
     inv_freq = cast(1 / 10000 ** (np.arange(0, half, 2) / half), dtype)
     stored = {hf_name(name): name for name in weights}
     specs = {name: weights.specs[own] for name, own in stored.items()} | {INV_FREQ: TensorSpec(dtype, inv_freq.shape)}
-
-    def read(name: str) -> np.ndarray:
-        return inv_freq if name == INV_FREQ else weights[stored[name]]
-
-    def blocks(name: str) -> Iterable[np.ndarray]:
-        return [inv_freq] if name == INV_FREQ else weights.blocks(stored[name])
-
-    return Tensors(specs, read, {"format": "pt"}, blocks)
+    return Tensors(specs, lambda name: weights[stored[name]] if name in stored else inv_freq, {"format": "pt"},
+                   lambda name: weights.blocks(stored[name]) if name in stored else [inv_freq])

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from glm3kit.errors import CheckpointError
-from glm3kit.weights.formats.torch_pickle import Refused, Storage, TensorRef, read_state_dict, read_value
+from glm3kit.weights.formats.torch_pickle import Refused, TensorRef, read_state_dict, read_value
 from glm3kit.weights.tensors import DTYPES, Tensors, map_file
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -84,15 +84,11 @@ def _open_legacy(data: mmap.mmap) -> tuple[dict[str, TensorRef], Places]:
         raise Refused("its byte order is not little-endian")
     refs = read_state_dict(data)
     keys = read_value(data)
-    used: dict[str, tuple[str, Storage]] = {}
-    for name, ref in refs.items():
-        first_name, storage = used.setdefault(ref.storage.key, (name, ref.storage))
-        if storage != ref.storage:
-            raise Refused(f"tensors '{first_name}' and '{name}' see one storage differently")
+    used = {ref.storage.key: (name, ref.storage) for name, ref in refs.items()}
     if type(keys) is not list or sorted(map(str, keys)) != sorted(used):
         raise Refused("its list of storages is not that of its tensors")
     places, position = {}, data.tell()
-    for key in keys:
+    for key in map(str, keys):
         name, storage = used[key]
         size = int.from_bytes(data[position:position + 8], "little")
         if size != storage.size:
