@@ -7,7 +7,7 @@ what, in the terms of MindSpore's strategy files (mindspore/parallel/_tensor.py)
     Layout(devices=(2, 2), axes=((0,), ()), shards=2).holders()    # four ranks hold four shares of a matrix
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product, zip_longest
 from math import prod
@@ -72,17 +72,15 @@ class Layout:
 
     def share(self, rank: int) -> Share:
         """Which share a rank of the stage holds: the number of its slice along each axis, and of its shard of that."""
-        coordinates = np.unravel_index(rank, self.devices)
+        at = np.unravel_index(rank, self.devices)[::-1]  # counted from the right, as axes are
 
-        def number(axes: Iterable[int]) -> int:
-            """Counted over some axes of `devices`, which are counted from the right; the last the fastest."""
-            result = 0
-            for axis in axes:
-                result = result * self.devices[-1 - axis] + int(coordinates[-1 - axis])
-            return result
+        def number(axes: Sequence[int]) -> int:
+            """Counted over some axes of `devices`, the last the fastest."""
+            sizes = [self.devices[-1 - axis] for axis in axes]
+            return int(np.ravel_multi_index([at[axis] for axis in axes], sizes)) if axes else 0
 
         cutting = {axis for axes in self.axes for axis in axes}
-        copy = number(axis for axis in reversed(range(len(self.devices))) if axis not in cutting)
+        copy = number([axis for axis in reversed(range(len(self.devices))) if axis not in cutting])
         shard = rank // self.step if self.flattened else copy
         return tuple(map(number, self.axes)), shard % self.shards
 

@@ -42,9 +42,9 @@ def write_strategy(path: str | Path, layouts: Mapping[str, Layout]) -> Path:
 
 def _layout(item: Mapping[str, Any], stage: int) -> Layout:
     """One entry of a strategy file; raises ValueError, TypeError, KeyError or IndexError for what is none."""
-    devices, axes = tuple(item["dev_matrix"]), []
-    for entry in item["tensor_map"]:
-        axes.append(tuple(axis for axis in (entry if isinstance(entry, list) else [entry]) if axis != -1))
+    devices = tuple(item["dev_matrix"])
+    axes = tuple(tuple(axis for axis in (entry if isinstance(entry, list) else [entry]) if axis != -1)
+                 for entry in item["tensor_map"])
     step, size = item.get("opt_weight_shard_step", 0), item.get("opt_weight_shard_size", 0)
     segments, flattened, unit = item.get("segments", ()), item.get("flattened", ()), item.get("unit", 1)
     numbers = (*devices, *sum(axes, ()), step, size, *segments, *flattened, unit, stage)
@@ -53,7 +53,7 @@ def _layout(item: Mapping[str, Any], stage: int) -> Layout:
     shards = size if step else 0
     if size == -1:  # all ranks that hold the same slice share it
         shards = prod(devices) // prod(devices[-1 - axis] for axis in sum(axes, ()))
-    return Layout(devices, tuple(axes), max(shards, 1), tuple(segments), unit, tuple(flattened), max(step, 1), stage)
+    return Layout(devices, axes, max(shards, 1), tuple(segments), unit, tuple(flattened), max(step, 1), stage)
 
 
 def _read_json(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
@@ -89,26 +89,23 @@ def _read_protobuf(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     return next(iter(stages), 0), items
 
 
-def _read_file(path: Path) -> dict[str, Layout]:
-    """The layouts of one file: JSON where its name says so, else protobuf, as MindSpore decides it."""
+def _read_file(path: Path) -> dict[int, dict[str, Layout]]:
+    """The layouts of one file by stage: JSON where its name says so, else protobuf, as MindSpore decides it."""
     try:
         stage, items = _read_json(path) if path.suffix == ".json" else _read_protobuf(path)
-        layouts = {}
+        layouts: dict[int, dict[str, Layout]] = {}
         for name, item in items.items():
             # What `merge_pipeline_strategys` makes of several stages has the stage before each name.
             merged = re.fullmatch(r"(\d+)-(.+)", name)
             key, at = (merged[2], int(merged[1])) if merged else (name, stage)
-            if key not in layouts or at < layouts[key].stage:  # what two stages share, the first has too
-                layouts[key] = _layout(item, at)
+            layouts.setdefault(at, {})[key] = _layout(item, at)
         if not layouts:
             raise ValueError("it holds no parameter")
         return layouts
-    except OSError as err:
-        raise CheckpointError(f"{path}: cannot be read ({err.strerror}); name the strategy file of the run that wrote "
-                              "the checkpoint") from err
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as err:
-        raise CheckpointError(f"{path}: no strategy file of MindSpore's ({err!r}); name the strategy file of the run "
-                              "that wrote the checkpoint") from err
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as err:
+        why = f"cannot be read ({err.strerror})" if isinstance(err, OSError) else (
+            f"no strategy file of MindSpore's ({err!r})")
+        raise CheckpointError(f"{path}: {why}; name the strategy file of the run that wrote the checkpoint") from err
 
 
 def read_strategy(path: str | Path) -> dict[str, Layout]:
@@ -120,16 +117,14 @@ def read_strategy(path: str | Path) -> dict[str, Layout]:
     files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
     if not files:
         raise CheckpointError(f"{path}: an empty folder; name the strategy file of the run that wrote the checkpoint")
-    layouts: dict[str, Layout] = {}
     first: dict[int, tuple[Path, dict[str, Layout]]] = {}  # by stage
     for file in files:
-        read = _read_file(file)
-        for stage in sorted({layout.stage for layout in read.values()}):
-            here = {name: layout for name, layout in read.items() if layout.stage == stage}
+        for stage, here in _read_file(file).items():
             other, known = first.setdefault(stage, (file, here))
             if known != here:
                 raise CheckpointError(f"{path}: {other.name} and {file.name} say different things of stage {stage}; "
                                       "they are of different runs, give the one that belongs to the checkpoint")
-            layouts |= {name: layout for name, layout in here.items()
-                        if name not in layouts or stage < layouts[name].stage}
+    layouts: dict[str, Layout] = {}
+    for stage in sorted(first):  # what two stages share, the first has too
+        layouts |= {name: layout for name, layout in first[stage][1].items() if name not in layouts}
     return layouts

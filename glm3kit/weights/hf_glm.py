@@ -16,7 +16,7 @@ import sentencepiece
 from glm3kit.config.groups import ModelConfig
 from glm3kit.errors import ConfigError, DataError
 from glm3kit.text.tokenizer import SPECIAL_NAMES, ChatGLM3Tokenizer
-from glm3kit.weights.formats.protobuf import Damaged, read_message
+from glm3kit.weights.formats.protobuf import read_message
 
 PUBLISHED_STOP_IDS = (2, 64795, 64797)  # </s>, <|user|>, <|observation|>
 # "sop" would be found in the middle of words by those who look for special tokens in text, "<sop>" will not.
@@ -82,7 +82,7 @@ def _check_model(path: Path, proto: bytes) -> None:
         trainer = read_message(proto, model["trainer"], TRAINER, model_type=1)
         normalizer = read_message(proto, model["normalizer"], NORMALIZER, character_map=slice(0, 0), add_dummy_prefix=1,
                                   remove_extra_whitespaces=1)
-    except Damaged as err:
+    except ValueError as err:
         raise DataError(f"{path}: not a SentencePiece model ({err}); download the published tokenizer.model") from err
     if (trainer["model_type"] != BPE or proto[normalizer["character_map"]] or not normalizer["add_dummy_prefix"]
             or normalizer["remove_extra_whitespaces"]):
@@ -104,6 +104,8 @@ def _tokenizer_json(pieces: sentencepiece.SentencePieceProcessor, tokenizer: Cha
     plain = [i for i in ids if not (pieces.is_byte(i) or pieces.is_control(i) or pieces.is_unknown(i))]
     special = {TOKEN_NAMES.get(name, name): id_ for name, id_ in tokenizer.special_tokens.items()}
     prefix = ("[gMASK]", "<sop>")
+    single = [{"SpecialToken": {"id": name, "type_id": 0}} for name in prefix]
+    single.append({"Sequence": {"id": "A", "type_id": 0}})
     return {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": id_, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
@@ -113,10 +115,7 @@ def _tokenizer_json(pieces: sentencepiece.SentencePieceProcessor, tokenizer: Cha
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [*({"SpecialToken": {"id": name, "type_id": 0}} for name in prefix),
-                       {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [*({"SpecialToken": {"id": name, "type_id": 0}} for name in prefix),
-                     {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "single": single, "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}],
             "special_tokens": {name: {"id": name, "ids": [special[name]], "tokens": [name]} for name in prefix}},
         "decoder": {"type": "Sequence", "decoders": [
             {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"},

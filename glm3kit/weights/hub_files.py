@@ -23,8 +23,6 @@ READERS: dict[str, Callable[[Path], Tensors]] = {
     ".safetensors": read_safetensors, ".ckpt": read_ckpt, ".bin": read_torch, ".pth": read_torch}
 MINDSPORE_FORMS = (".ckpt", ".safetensors")  # what MindSpore saves, and the kit writes
 INDEXES = ("model.safetensors.index.json", "model.ckpt.index.json", "pytorch_model.bin.index.json")
-READ_FORMS = ("read are a hub folder of .safetensors or .bin with its index, a .safetensors, .bin or .pth file, "
-              "MindSpore's .ckpt, and a folder of any of them")
 NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.\w+)")
 
 
@@ -96,7 +94,8 @@ def weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
         what = f"weights in the form '{path.suffix}' are not read"
     else:
         what = "no such file or folder"
-    raise CheckpointError(f"{path}: {what}; {READ_FORMS}")
+    raise CheckpointError(f"{path}: {what}; read are a hub folder of .safetensors or .bin with its index, a "
+                          ".safetensors, .bin or .pth file, MindSpore's .ckpt, and a folder of any of them")
 
 
 def cut_into_shards(specs: Mapping[str, TensorSpec], max_size: int, suffix: str) -> dict[str, list[str]]:

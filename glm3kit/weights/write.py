@@ -19,7 +19,7 @@ from glm3kit.files import atomic_folder, atomic_write
 from glm3kit.weights.formats.ckpt import write_ckpt
 from glm3kit.weights.formats.safetensors import write_safetensors
 from glm3kit.weights.hub_files import MINDSPORE_FORMS, cut_into_shards, index_name, index_text
-from glm3kit.weights.manifest import Checksums, is_written_folder, manifest_entry, read_manifest, write_manifest
+from glm3kit.weights.manifest import is_written_folder, manifest_entry, read_manifest, with_checksums, write_manifest
 from glm3kit.weights.names import EMBEDDING, INV_FREQ, hf_name
 from glm3kit.weights.tensors import Tensors, TensorSpec, cast
 
@@ -63,8 +63,8 @@ def write_weights(path: str | Path, tensors: Tensors, *, max_shard_size: int | N
         raise CheckpointError("\n".join(faults))
     with (tqdm(total=tensors.nbytes, unit="B", unit_scale=True, desc=path.name, disable=not progress) as bar,
           ThreadPoolExecutor(1, "checksums") as thread):
-        checksums = Checksums(thread)
-        watched = checksums.watch(tensors, bar.update)
+        digests: dict[str, Any] = {}
+        watched = with_checksums(tensors, thread, digests, bar.update)
         if max_shard_size:
             suffix = path.suffix if path.suffix in MINDSPORE_FORMS else ".safetensors"
             shards = cut_into_shards(tensors.specs, max_shard_size, suffix)
@@ -83,8 +83,9 @@ def write_weights(path: str | Path, tensors: Tensors, *, max_shard_size: int | N
                     write_safetensors(folder / file, watched.select(names), tensors.metadata or {"format": "ms"})
             for file, content in (others or {}).items():
                 atomic_write(folder / file, content)
-            sums = checksums.finish()
-            entries = {file: manifest_entry(tensors.select(names), sums, about or {}) for file, names in shards.items()}
+            thread.shutdown()  # when the last checksums are done
+            entries = {file: manifest_entry(tensors.select(names), digests, about or {})
+                       for file, names in shards.items()}
             write_manifest(folder, read_manifest(folder) | entries, others)
     return path
 

@@ -15,12 +15,10 @@ import numpy as np
 
 from glm3kit.errors import CheckpointError
 from glm3kit.files import StreamedFile, atomic_path
-from glm3kit.weights.formats.protobuf import BYTES, VARINT, Damaged, field_head, fields, read_message
+from glm3kit.weights.formats.protobuf import BYTES, VARINT, field_head, fields, read_message
 from glm3kit.weights.tensors import DTYPES, Tensors, TensorSpec, cut, map_file, raw_bytes
 
-TYPES = {"float64": "Float64", "float32": "Float32", "float16": "Float16", "bfloat16": "BFloat16", "int64": "Int64",
-         "int32": "Int32", "int16": "Int16", "int8": "Int8", "uint64": "UInt64", "uint32": "UInt32",
-         "uint16": "UInt16", "uint8": "UInt8", "bool": "Bool"}
+TYPES = {name: name.title().replace("Bf", "BF").replace("Ui", "UI") for name in DTYPES}  # BFloat16, UInt8
 NAMES = {text: name for name, text in TYPES.items()}
 MESSAGE = 512 << 20  # bytes of content a message, MindSpore's own limit
 CRC_TAIL = 17  # bytes: "crc_num" and the number
@@ -28,52 +26,51 @@ VALUE = {1: ("tag", str), 2: ("tensor", slice)}
 TENSOR = {1: ("dims", [int]), 2: ("dtype", str), 3: ("content", slice)}
 
 
-def _directory(data: mmap.mmap) -> tuple[dict[str, TensorSpec], dict[str, list[slice]], dict[str, str]]:
-    """What the file holds: specs, places (of the content in each message), values that are text."""
+def _directory(data: mmap.mmap) -> tuple[dict[str, TensorSpec], dict[str, list[slice]]]:
+    """What the file holds: specs, and places of the content in each message. Values that are text are passed over."""
     end = len(data)
     if data[end - CRC_TAIL:end - CRC_TAIL + 7] == b"crc_num":
         end -= CRC_TAIL
     specs: dict[str, TensorSpec] = {}
     places: dict[str, list[slice]] = {}
-    texts: dict[str, str] = {}
     last_tag = None
     for number, place in fields(data, slice(0, end)):
         if number != 1 or type(place) is int:
-            raise Damaged(f"field {number}, which is no value")
+            raise ValueError(f"field {number}, which is no value")
         value = read_message(data, place, VALUE)
         tensor = read_message(data, value["tensor"], TENSOR)
         tag, dtype, dims, content = value["tag"], tensor["dtype"], tuple(tensor["dims"]), tensor["content"]
         if dtype == "str":
-            texts[tag] = data[content].decode("utf-32-le")  # NumPy's text: 4 bytes a character
-        elif dtype not in NAMES:
-            raise Damaged(f"'{tag}' has type {dtype!r}; read are {', '.join(NAMES)}")
-        elif tag in specs and tag != last_tag:
-            raise Damaged(f"'{tag}' stands twice, the second time at byte {content.start}")
-        else:
-            specs[tag] = TensorSpec(NAMES[dtype], () if dims == (0,) else dims)  # 0 is how it writes a scalar
-            places.setdefault(tag, []).append(content)
+            continue
+        if dtype not in NAMES:
+            raise ValueError(f"'{tag}' has type {dtype!r}; read are {', '.join(NAMES)}")
+        if tag in specs and tag != last_tag:
+            raise ValueError(f"'{tag}' stands twice, the second time at byte {content.start}")
+        specs[tag] = TensorSpec(NAMES[dtype], () if dims == (0,) else dims)  # 0 is how it writes a scalar
+        places.setdefault(tag, []).append(content)
         last_tag = tag
     for tag, spec in specs.items():
-        found = sum(content.stop - content.start for content in places[tag])
-        if found != spec.nbytes or min(spec.shape, default=0) < 0:
-            raise Damaged(f"'{tag}' of type {spec.dtype} and shape {list(spec.shape)} needs {spec.nbytes} bytes, "
-                           f"it has {found}")
+        found = [content.stop - content.start for content in places[tag]]
+        if sum(found) != spec.nbytes or min(spec.shape, default=0) < 0 or any(
+                size % DTYPES[spec.dtype].itemsize for size in found):
+            raise ValueError(f"'{tag}' of type {spec.dtype} and shape {list(spec.shape)} needs {spec.nbytes} bytes, "
+                          f"it has {' + '.join(map(str, found))}")
     if not specs:
-        raise Damaged("it holds no tensor")
-    return specs, places, texts
+        raise ValueError("it holds no tensor")
+    return specs, places
 
 
 def read_ckpt(path: str | Path) -> Tensors:
     """Open a .ckpt file: types and shapes at once, a tensor's bytes when it is asked for.
 
-    The arrays are read-only views of the mapped file, but for those in several messages. `metadata` are the values that
-    are text. Nothing is executed: the form holds numbers and text only.
+    The arrays are read-only views of the mapped file, but for those in several messages. Nothing is executed: the form
+    holds numbers and text only.
     Raises CheckpointError for a file that is cut off, damaged, encrypted or no .ckpt.
     """
     path = Path(path)
     try:
         data = map_file(path)
-        specs, places, texts = _directory(data)
+        specs, places = _directory(data)
         bytes_of = np.ndarray(len(data), np.uint8, data)
     except ValueError as err:
         raise CheckpointError(f"{path}: no MindSpore checkpoint, or a damaged or encrypted one: {err}; "
@@ -86,14 +83,10 @@ def read_ckpt(path: str | Path) -> Tensors:
         return np.concatenate([bytes_of[place] for place in places[name]]).view(dtype).reshape(shape)
 
     def blocks(name: str) -> Iterator[np.ndarray]:
-        dtype = DTYPES[specs[name].dtype]
-        if any((place.stop - place.start) % dtype.itemsize for place in places[name]):
-            yield from cut(read(name))
-        else:
-            for place in places[name]:
-                yield from cut(bytes_of[place].view(dtype))
+        for place in places[name]:
+            yield from cut(bytes_of[place].view(DTYPES[specs[name].dtype]))
 
-    return Tensors(specs, read, texts, blocks)
+    return Tensors(specs, read, blocks=blocks)
 
 
 def _head(name: str, spec: TensorSpec, size: int) -> bytes:

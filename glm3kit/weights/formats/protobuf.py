@@ -13,10 +13,6 @@ VARINT, BYTES = 0, 2  # wire types
 FIXED = {1: 8, 5: 4}  # those of fixed numbers, and their bytes
 
 
-class Damaged(ValueError):
-    """The bytes are not what such a message has at this place."""
-
-
 def varint(data: mmap | bytes, position: int, end: int) -> tuple[int, int]:
     """Read a number of 7 bits a byte, lowest first: (number, position after it)."""
     number = 0
@@ -24,7 +20,7 @@ def varint(data: mmap | bytes, position: int, end: int) -> tuple[int, int]:
         number |= (byte & 0x7F) << 7 * count
         if byte < 0x80:
             return number, position + count + 1
-    raise Damaged(f"no number at byte {position}, or the message ends in it")
+    raise ValueError(f"no number at byte {position}, or the message ends in it")
 
 
 def _signed(number: int) -> int:
@@ -35,7 +31,7 @@ def _signed(number: int) -> int:
 def fields(data: mmap | bytes, place: slice) -> Iterator[tuple[int, int | slice]]:
     """The fields of a message: (number, value), for bytes their place.
 
-    Raises Damaged for what is no message. Fixed numbers, which nothing here needs, are passed over.
+    Raises ValueError for what is no message. Fixed numbers, which nothing here needs, are passed over.
     """
     position, end = place.start, place.stop
     while position < end:
@@ -48,11 +44,11 @@ def fields(data: mmap | bytes, place: slice) -> Iterator[tuple[int, int | slice]
             yield key >> 3, _signed(value)
         elif key & 7 == BYTES:
             if after + value > end:
-                raise Damaged(f"byte {position} announces {value} bytes, {end - after} follow")
+                raise ValueError(f"byte {position} announces {value} bytes, {end - after} follow")
             yield key >> 3, slice(after, after + value)
             after += value
         else:
-            raise Damaged(f"no field of a tensor at byte {position}")
+            raise ValueError(f"no field of a tensor at byte {position}")
         position = after
 
 
@@ -70,7 +66,7 @@ def read_message(data: mmap | bytes, place: slice, form: Mapping[int, tuple[str,
 
     form: number -> (name, kind). A kind is int, str or slice (the place of bytes, or of a message); [int] or [slice]
     where there may be several.
-    Raises Damaged for a field of another kind, and for one that neither comes nor has a default.
+    Raises ValueError for a field of another kind, and for one that neither comes nor has a default.
     """
     result = {name: [] for name, kind in form.values() if type(kind) is list} | defaults
     for number, value in fields(data, place):
@@ -87,9 +83,9 @@ def read_message(data: mmap | bytes, place: slice, form: Mapping[int, tuple[str,
         elif kind is type(value):
             result[name] = value
         else:
-            raise Damaged(f"field {number} of the message at byte {place.start} is of another kind")
+            raise ValueError(f"field {number} of the message at byte {place.start} is of another kind")
     if missing := {name for name, _ in form.values()} - set(result):
-        raise Damaged(f"no {' or '.join(sorted(missing))} in the message at byte {place.start}")
+        raise ValueError(f"no {' or '.join(sorted(missing))} in the message at byte {place.start}")
     return result
 
 

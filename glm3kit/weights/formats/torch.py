@@ -106,12 +106,11 @@ def _check_window(name: str, ref: TensorRef, nbytes: int) -> None:
         raise Refused(f"tensor '{name}': its storage '{ref.storage.key}' of {ref.storage.size} {ref.storage.dtype} "
                       f"needs {ref.storage.nbytes} bytes, it has {nbytes}")
     span = sum((size - 1) * stride for size, stride in zip(ref.shape, ref.strides, strict=True))
+    window = f"tensor '{name}' of shape {list(ref.shape)} and strides {list(ref.strides)} from {ref.offset}"
     if 0 not in ref.shape and ref.offset + span >= ref.storage.size:
-        raise Refused(f"tensor '{name}' of shape {list(ref.shape)} and strides {list(ref.strides)} from {ref.offset} "
-                      f"points outside its storage of {ref.storage.size} values")
+        raise Refused(f"{window} points outside its storage of {ref.storage.size} values")
     if ref.spec.nbytes > nbytes:
-        raise Refused(f"tensor '{name}' of shape {list(ref.shape)} repeats the values of a storage of "
-                      f"{ref.storage.size}")
+        raise Refused(f"{window} repeats the values of a storage of {ref.storage.size}")
 
 
 def read_torch(path: str | Path) -> Tensors:
