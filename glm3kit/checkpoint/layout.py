@@ -19,7 +19,6 @@ from glm3kit.errors import CheckpointError
 from glm3kit.weights.slices import Slicing
 from glm3kit.weights.tensors import BLOCK, Tensors, TensorSpec, cut, release
 
-Region = tuple[slice, ...]
 Share = tuple[tuple[int, ...], int]  # the number of a slice along each axis of its parameter, and of the shard of it
 MAX_RANKS = 1 << 16
 AHEAD = 8  # blocks of a tensor that are read before they are asked for
@@ -121,29 +120,27 @@ class Layout:
     def _ranges(self, axis: int, index: int) -> list[tuple[int, int]]:
         return Slicing(axis, self.segments, self.unit).ranges(index, self.counts()[axis])
 
-    def _regions(self, indices: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[tuple[Region, Region]]:
+    def _regions(self, indices: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[tuple[list[slice], list[slice]]]:
         """Where a slice of that shape goes, a segment at a time: (region of the slice, region of the whole)."""
         source = [slice(0, length) for length in shape]
         target = [slice(index * length, (index + 1) * length)
                   for index, length in zip_longest(indices, shape, fillvalue=0)]
         if (axis := self._cut_axis()) is None:
-            yield tuple(source), tuple(target)
+            yield source, target
             return
         position = 0
         for first, end in self._ranges(axis, indices[axis]):
             source[axis], target[axis] = slice(position, position + end - first), slice(first, end)
-            yield tuple(source), tuple(target)
+            yield source, target
             position += end - first
 
     def rows(self, shape: tuple[int, ...], read: Callable[[Share], np.ndarray], first: int, end: int) -> np.ndarray:
         """Rows `first` to `end` of the parameter of that shape, from its shares."""
-        result = None
+        result = np.empty((end - first, *shape[1:]), read(((0,) * len(self.axes), 0)).dtype)
         for indices in product(*map(range, self.counts())):
             shards = [read((indices, shard)) for shard in range(self.shards)]
             if self.flattened:
                 shards = [np.concatenate(shards)[:prod(self.flattened)].reshape(self.flattened)]
-            if result is None:
-                result = np.empty((end - first, *shape[1:]), shards[0].dtype)
             slice_shape = sum(map(len, shards)), *shards[0].shape[1:]
             for (held, *source), (wanted, *target) in self._regions(indices, slice_shape):
                 position = 0  # of the slice: where the shard begins
@@ -155,7 +152,6 @@ class Layout:
                         result[(slice(start + offset - first, stop + offset - first), *target)] = values[
                             (slice(start - position, stop - position), *source)]
                     position += len(values)
-        assert result is not None, "every layout has a slice"
         return result
 
 

@@ -66,10 +66,8 @@ def _read_json(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
 # node_strategy.proto, as far as it matters here
 STRATEGY_MAP = {2: ("operators", [slice]), 3: ("parameters", [slice])}
 ENTRY = {1: ("name", str), 2: ("content", slice)}  # of an operator its strategy, of a parameter its layouts
-STAGE = {1: ("stage", int)}
 LAYOUTS = {1: ("dev_matrix", [slice]), 2: ("tensor_map", [slice]), 6: ("opt_weight_shard_step", int),
            7: ("opt_weight_shard_size", int)}
-NUMBERS = {1: ("numbers", [int])}
 
 
 def _read_protobuf(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
@@ -77,11 +75,11 @@ def _read_protobuf(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     data = path.read_bytes()
     strategy = read_message(data, slice(0, len(data)), STRATEGY_MAP)
     operators, parameters = ([read_message(data, place, ENTRY) for place in places] for places in strategy.values())
-    stages = [read_message(data, operator["content"], STAGE, stage=0)["stage"] for operator in operators]
+    stages = [read_message(data, operator["content"], {1: ("stage", int)}, stage=0)["stage"] for operator in operators]
     items = {}
     for parameter in parameters:
         item = read_message(data, parameter["content"], LAYOUTS, opt_weight_shard_step=0, opt_weight_shard_size=0)
-        (devices, *_), maps = ([read_message(data, place, NUMBERS)["numbers"] for place in item[key]]
+        (devices, *_), maps = ([read_message(data, place, {1: ("dim", [int])})["dim"] for place in item[key]]
                                for key in ("dev_matrix", "tensor_map"))
         # Several maps: an axis each, which may be cut by several axes of the ranks; one: a number an axis.
         axes = [numbers for numbers in maps if numbers] if len(maps) > 1 else sum(maps, [])

@@ -26,10 +26,6 @@ GLM_FIELDS = {"padded_vocab_size": "vocab_size", "hidden_size": "hidden_size", "
               "multi_query_group_num": "num_key_value_heads", "kv_channels": "head_dim",
               "layernorm_epsilon": "rms_norm_eps", "seq_length": "max_position_embeddings"}
 BPE = 2  # TrainerSpec.model_type
-# Of sentencepiece_model.proto: what decides how text is split and changed.
-MODEL = {2: ("trainer", slice), 3: ("normalizer", slice)}
-TRAINER = {3: ("model_type", int)}
-NORMALIZER = {2: ("character_map", slice), 3: ("add_dummy_prefix", int), 4: ("remove_extra_whitespaces", int)}
 SPACE = "▁"
 # Metadata and content are encoded on their own, each with the space that SentencePiece puts first.
 CHAT_TEMPLATE = """\
@@ -78,10 +74,12 @@ def chatglm_config(glm: dict[str, Any], path: str | Path) -> dict[str, Any]:
 def _check_model(path: Path, proto: bytes) -> None:
     """Refuse a SentencePiece model that Llama's form of BPE does not describe: other algorithms, changed texts."""
     try:
-        model = read_message(proto, slice(0, len(proto)), MODEL)
-        trainer = read_message(proto, model["trainer"], TRAINER, model_type=1)
-        normalizer = read_message(proto, model["normalizer"], NORMALIZER, character_map=slice(0, 0), add_dummy_prefix=1,
-                                  remove_extra_whitespaces=1)
+        # of sentencepiece_model.proto what decides how text is split and changed
+        model = read_message(proto, slice(0, len(proto)), {2: ("trainer", slice), 3: ("normalizer", slice)})
+        trainer = read_message(proto, model["trainer"], {3: ("model_type", int)}, model_type=1)
+        normalizer = read_message(proto, model["normalizer"], {
+            2: ("character_map", slice), 3: ("add_dummy_prefix", int), 4: ("remove_extra_whitespaces", int)},
+            character_map=slice(0, 0), add_dummy_prefix=1, remove_extra_whitespaces=1)
     except ValueError as err:
         raise DataError(f"{path}: not a SentencePiece model ({err}); download the published tokenizer.model") from err
     if (trainer["model_type"] != BPE or proto[normalizer["character_map"]] or not normalizer["add_dummy_prefix"]

@@ -100,11 +100,10 @@ def release(array: np.ndarray) -> None:
 
     The array stays valid: what is looked at again comes back from the file.
     """
-    base = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, mmap.mmap):
-        base.madvise(mmap.MADV_DONTNEED)
+    while isinstance(array, np.ndarray):
+        array = array.base
+    if isinstance(array, mmap.mmap):
+        array.madvise(mmap.MADV_DONTNEED)
 
 
 def cut(array: np.ndarray) -> Iterator[np.ndarray]:

@@ -40,7 +40,7 @@ def _directory(data: mmap.mmap) -> tuple[dict[str, TensorSpec], dict[str, list[s
         value = read_message(data, place, VALUE)
         tensor = read_message(data, value["tensor"], TENSOR)
         tag, dtype, dims, content = value["tag"], tensor["dtype"], tuple(tensor["dims"]), tensor["content"]
-        if dtype == "str":
+        if dtype == "str":  # of `append_dict`: no weight
             continue
         if dtype not in NAMES:
             raise ValueError(f"'{tag}' has type {dtype!r}; read are {', '.join(NAMES)}")
@@ -54,7 +54,7 @@ def _directory(data: mmap.mmap) -> tuple[dict[str, TensorSpec], dict[str, list[s
         if sum(found) != spec.nbytes or min(spec.shape, default=0) < 0 or any(
                 size % DTYPES[spec.dtype].itemsize for size in found):
             raise ValueError(f"'{tag}' of type {spec.dtype} and shape {list(spec.shape)} needs {spec.nbytes} bytes, "
-                          f"it has {' + '.join(map(str, found))}")
+                             f"it has {' + '.join(map(str, found))}")
     if not specs:
         raise ValueError("it holds no tensor")
     return specs, places

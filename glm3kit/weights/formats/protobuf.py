@@ -70,19 +70,16 @@ def read_message(data: mmap | bytes, place: slice, form: Mapping[int, tuple[str,
     """
     result = {name: [] for name, kind in form.values() if type(kind) is list} | defaults
     for number, value in fields(data, place):
-        if number not in form:
-            continue
-        name, kind = form[number]
+        name, kind = form.get(number, ("", None))
         if kind == [int] and type(value) is slice:  # packed into one field
             result[name] += _packed(data, value)
-            continue
-        if kind is str and type(value) is slice:
-            value = data[value].decode("utf-8")
-        if kind == [type(value)]:
+        elif kind is str and type(value) is slice:
+            result[name] = data[value].decode("utf-8")
+        elif kind == [type(value)]:
             result[name].append(value)
         elif kind is type(value):
             result[name] = value
-        else:
+        elif kind:
             raise ValueError(f"field {number} of the message at byte {place.start} is of another kind")
     if missing := {name for name, _ in form.values()} - set(result):
         raise ValueError(f"no {' or '.join(sorted(missing))} in the message at byte {place.start}")

@@ -10,6 +10,7 @@ and `STORAGES` are understood. `pickletools.genops` of the standard library spli
 import pickletools
 import reprlib
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
 
 from glm3kit.weights.tensors import TensorSpec
@@ -115,9 +116,7 @@ def _apply(code: str, taken: list, stack: list) -> None:
 
 def _run(instructions: Iterable[tuple[str, Any]], frames: list[list], memo: dict[int, Any]) -> Any:
     """Run the instructions on a stack of frames; a mark opens a frame. Returns what stands at the end."""
-    for number, (code, argument) in enumerate(instructions):
-        if number > MAX_INSTRUCTIONS:
-            raise Refused(f"more than {MAX_INSTRUCTIONS} instructions")
+    for code, argument in islice(instructions, MAX_INSTRUCTIONS):
         stack = frames[-1]
         if code in LITERALS:
             stack.append(argument)
@@ -142,14 +141,13 @@ def _run(instructions: Iterable[tuple[str, Any]], frames: list[list], memo: dict
             return result
         elif code != "PROTO":
             raise Refused(f"the instruction {code}, which no file of tensors has")
-    raise Refused("no end")
+    raise Refused(f"no end within {MAX_INSTRUCTIONS} instructions")
 
 
 def _entry(frames: list[list]) -> object:
     """The key of the outermost dict whose value was being made; None where there is none."""
-    if frames and len(frames[0]) > 1:
-        return frames[0][1]  # a dict of one entry: it needs no mark
-    entries = frames[1] if len(frames) > 1 else []
+    # A dict of one entry needs no mark, the entries of others are since the first one.
+    entries = frames[0][1:2] or [entry for frame in frames[1:2] for entry in frame]
     return entries[(len(entries) - 1) // 2 * 2] if entries else None
 
 
