@@ -48,7 +48,7 @@ def fields(data: mmap | bytes, place: slice) -> Iterator[tuple[int, int | slice]
             yield key >> 3, slice(after, after + value)
             after += value
         else:
-            raise ValueError(f"no field of a tensor at byte {position}")
+            raise ValueError(f"no field at byte {position}")
         position = after
 
 
