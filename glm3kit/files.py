@@ -41,6 +41,14 @@ class StreamedFile(io.BufferedWriter):
         return written
 
 
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary path in the same folder; on success it is synced and renamed to `path`, on failure removed.
@@ -51,12 +59,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove(temporary)  # what a killed process left, whose id came back
     try:
         yield temporary
         sync(temporary)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
     sync(path.parent)  # the rename itself must survive a power cut
 
 
@@ -67,24 +76,16 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     What stands at `path` is moved away just before the renaming and removed after it.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, replaced = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    temporary.mkdir()
-    try:
+    replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
+    with atomic_path(path) as temporary:
+        temporary.mkdir()
         yield temporary
-        for entry in temporary.iterdir():
+        for entry in (*temporary.iterdir(), temporary):
             sync(entry)
-        sync(temporary)
         if path.exists():
+            _remove(replaced)
             os.rename(path, replaced)
-        os.rename(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    sync(path.parent)
-    if replaced.is_dir():
-        shutil.rmtree(replaced)
-    else:
-        replaced.unlink(missing_ok=True)
+    _remove(replaced)
 
 
 def atomic_write(path: str | Path, data: str | bytes) -> None:

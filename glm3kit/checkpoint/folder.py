@@ -5,7 +5,7 @@ A checkpoint is `checkpoint/step_N/`: `model/rank_R.safetensors` (the weights, o
 `complete.json` (the state of training; size and checksum of every file). It is written as `.step_N.tmp` and renamed
 when all ranks are done, so a folder with the right name is whole, unless something damages it later.
 
-    load_checkpoint(usable_checkpoint("output/tiny", topology), net, trainer, topology)
+    damage(newest_checkpoint("output/tiny"))
 """
 
 import json

@@ -7,7 +7,7 @@ what, in the terms of MindSpore's strategy files (mindspore/parallel/_tensor.py)
     Layout(devices=(2, 2), axes=((0,), ()), shards=2).holders()    # four ranks hold four shares of a matrix
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product, zip_longest
 from math import prod
@@ -19,7 +19,6 @@ from glm3kit.errors import CheckpointError
 from glm3kit.weights.slices import Slicing
 from glm3kit.weights.tensors import BLOCK, Tensors, TensorSpec, cut, release
 
-Region = tuple[slice, ...]
 Share = tuple[tuple[int, ...], int]  # the number of a slice along each axis of its parameter, and of the shard of it
 MAX_RANKS = 1 << 16
 AHEAD = 8  # blocks of a tensor that are read before they are asked for
@@ -72,17 +71,15 @@ class Layout:
 
     def share(self, rank: int) -> Share:
         """Which share a rank of the stage holds: the number of its slice along each axis, and of its shard of that."""
-        coordinates = np.unravel_index(rank, self.devices)
+        at = np.unravel_index(rank, self.devices)[::-1]  # counted from the right, as axes are
 
-        def number(axes: Iterable[int]) -> int:
-            """Counted over some axes of `devices`, which are counted from the right; the last the fastest."""
-            result = 0
-            for axis in axes:
-                result = result * self.devices[-1 - axis] + int(coordinates[-1 - axis])
-            return result
+        def number(axes: Sequence[int]) -> int:
+            """Counted over some axes of `devices`, the last the fastest."""
+            sizes = [self.devices[-1 - axis] for axis in axes]
+            return int(np.ravel_multi_index([at[axis] for axis in axes], sizes)) if axes else 0
 
         cutting = {axis for axes in self.axes for axis in axes}
-        copy = number(axis for axis in reversed(range(len(self.devices))) if axis not in cutting)
+        copy = number([axis for axis in reversed(range(len(self.devices))) if axis not in cutting])
         shard = rank // self.step if self.flattened else copy
         return tuple(map(number, self.axes)), shard % self.shards
 
@@ -123,77 +120,63 @@ class Layout:
     def _ranges(self, axis: int, index: int) -> list[tuple[int, int]]:
         return Slicing(axis, self.segments, self.unit).ranges(index, self.counts()[axis])
 
-    def _regions(self, indices: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[tuple[Region, Region]]:
+    def _regions(self, indices: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[tuple[list[slice], list[slice]]]:
         """Where a slice of that shape goes, a segment at a time: (region of the slice, region of the whole)."""
         source = [slice(0, length) for length in shape]
         target = [slice(index * length, (index + 1) * length)
                   for index, length in zip_longest(indices, shape, fillvalue=0)]
-        axis = self._cut_axis()
-        if axis is None:
-            yield tuple(source), tuple(target)
+        if (axis := self._cut_axis()) is None:
+            yield source, target
             return
         position = 0
         for first, end in self._ranges(axis, indices[axis]):
             source[axis], target[axis] = slice(position, position + end - first), slice(first, end)
-            yield tuple(source), tuple(target)
+            yield source, target
             position += end - first
 
-    def _held(self, read: Callable[[Share], np.ndarray]) -> Iterator[tuple[int, Region, np.ndarray]]:
-        """Values of shares that lie together in the parameter: (first row, region along the other axes, values)."""
+    def rows(self, shape: tuple[int, ...], read: Callable[[Share], np.ndarray], first: int, end: int) -> np.ndarray:
+        """Rows `first` to `end` of the parameter of that shape, from its shares."""
+        result = np.empty((end - first, *shape[1:]), read(((0,) * len(self.axes), 0)).dtype)
         for indices in product(*map(range, self.counts())):
             shards = [read((indices, shard)) for shard in range(self.shards)]
             if self.flattened:
                 shards = [np.concatenate(shards)[:prod(self.flattened)].reshape(self.flattened)]
-            shape = (sum(map(len, shards)), *shards[0].shape[1:])
-            for (rows, *source), (target, *across) in self._regions(indices, shape):
-                position = 0
+            slice_shape = sum(map(len, shards)), *shards[0].shape[1:]
+            for (held, *source), (wanted, *target) in self._regions(indices, slice_shape):
+                position = 0  # of the slice: where the shard begins
+                offset = wanted.start - held.start  # from rows of the slice to those of the parameter
                 for values in shards:
-                    start, stop = max(rows.start, position), min(rows.stop, position + len(values))
+                    start = max(held.start, position, first - offset)
+                    stop = min(held.stop, position + len(values), end - offset)
                     if start < stop:
-                        held = values[(slice(start - position, stop - position), *source)]
-                        yield target.start + start - rows.start, tuple(across), held
+                        result[(slice(start + offset - first, stop + offset - first), *target)] = values[
+                            (slice(start - position, stop - position), *source)]
                     position += len(values)
-
-    def rows(self, shape: tuple[int, ...], read: Callable[[Share], np.ndarray], first: int, end: int) -> np.ndarray:
-        """Rows `first` to `end` of the parameter of that shape, from its shares."""
-        result = None
-        for row, across, values in self._held(read):
-            if result is None:
-                result = np.empty((end - first, *shape[1:]), values.dtype)
-            start, stop = max(row, first), min(row + len(values), end)
-            if start < stop:
-                result[(slice(start - first, stop - first), *across)] = values[start - row:stop - row]
-        assert result is not None, "every layout has a slice"
         return result
-
-    def whole(self, shape: tuple[int, ...], read: Callable[[Share], np.ndarray]) -> np.ndarray:
-        """The parameter of that shape from its shares; the share itself where it is the only one."""
-        if prod(self.counts()) == self.shards == 1:
-            return read(((0,) * len(self.axes), 0))
-        return self.rows(shape, read, 0, shape[0])
 
 
 def _put_together(ranks: Mapping[int, Tensors], layouts: Mapping[str, Layout], specs: Mapping[str, TensorSpec],
                   readers: Mapping[str, Mapping[Share, int]]) -> Tensors:
     """Whole parameters from the files of ranks, `readers` says which rank's for each share."""
-    def read_share(name: str) -> Callable[[Share], np.ndarray]:
-        return lambda share: ranks[readers[name][share]][name]
+    def rows(name: str, first: int, end: int) -> np.ndarray:
+        return layouts[name].rows(specs[name].shape, lambda share: ranks[readers[name][share]][name], first, end)
+
+    def held(name: str) -> list[np.ndarray]:
+        return [ranks[rank][name] for rank in readers[name].values()]
 
     def read(name: str) -> np.ndarray:
-        return layouts[name].whole(specs[name].shape, read_share(name))
+        return held(name)[0] if len(readers[name]) == 1 else rows(name, 0, specs[name].shape[0])
 
     def blocks(name: str) -> Iterator[np.ndarray]:
-        shape, held = specs[name].shape, [ranks[rank][name] for rank in readers[name].values()]
-        if len(held) == 1:
-            yield from cut(held[0])
+        if len(readers[name]) == 1:
+            yield from cut(read(name))
             return
-        step = max(1, BLOCK * shape[0] // specs[name].nbytes)  # rows
-
-        def block(first: int) -> np.ndarray:
-            return layouts[name].rows(shape, read_share(name), first, min(first + step, shape[0])).reshape(-1)
-
-        yield from prefetch(block, range(0, shape[0], step), AHEAD)  # reading goes on while a writer waits for its disk
-        for array in held:
+        length = specs[name].shape[0]
+        step = max(1, BLOCK * length // specs[name].nbytes)  # rows
+        # Reading goes on while a writer waits for its disk.
+        yield from prefetch(lambda first: rows(name, first, min(first + step, length)).reshape(-1),
+                            range(0, length, step), AHEAD)
+        for array in held(name):
             release(array)
 
     return Tensors(specs, read, blocks=blocks)

@@ -23,46 +23,33 @@ from glm3kit.weights.tensors import Tensors
 from glm3kit.weights.write import write_weights
 
 
-def _by_step(folder: Path) -> dict[tuple[int, int], Path]:
-    """The checkpoints in the folder of a rank, by the (epoch, step) that their names end with: `glm3-1_200.ckpt`."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix in MINDSPORE_FORMS:
-            stated = re.search(r"-(\d+)_(\d+)$", path.stem)
-            key = (int(stated[1]), int(stated[2])) if stated else (0, 0)
-            if key in found:
-                raise CheckpointError(f"{folder}: holds {found[key].name} and {path.name}, and neither name says which "
-                                      "is newer (as NAME-epoch_step does); move one away")
-            found[key] = path
-    return found
-
-
 def rank_files(folder: Path) -> dict[int, Path]:
     """The file of each rank in a folder of `rank_R.safetensors` (or .ckpt) or of folders `rank_R`; {} if it has none.
 
-    Of folders with several checkpoints the newest that all ranks have is taken.
+    Of folders with several checkpoints the newest that all ranks have is taken, by the epoch and step that names end
+    with: `glm3-1_200.ckpt`.
     """
-    files, folders = {}, {}
-    for path in folder.glob("rank_*"):
-        if re.fullmatch(r"rank_\d+", path.stem) and path.suffix in MINDSPORE_FORMS:
-            files[int(path.stem[5:])] = path
-        elif re.fullmatch(r"rank_\d+", path.name) and path.is_dir() and (found := _by_step(path)):
-            folders[int(path.name[5:])] = found
-    if not folders:
-        return files
-    common = set.intersection(*map(set, folders.values()))
-    if not common:
+    found: dict[int, dict[tuple[int, int], Path]] = {}
+    for path in sorted((*folder.glob("rank_*"), *folder.glob("rank_*/*"))):
+        rank = re.fullmatch(r"rank_(\d+)", path.stem if path.parent == folder else path.parent.name)
+        if rank and path.suffix in MINDSPORE_FORMS:
+            stated = re.search(r"-(\d+)_(\d+)$", path.stem)
+            step = (int(stated[1]), int(stated[2])) if stated else (0, 0)
+            other = found.setdefault(int(rank[1]), {}).setdefault(step, path)
+            if other != path:
+                raise CheckpointError(f"{path.parent}: holds {other.name} and {path.name}, and neither name says which "
+                                      "is newer (as NAME-epoch_step does); move one away")
+    common = set.intersection(*map(set, found.values())) if found else set()
+    if found and not common:
         raise CheckpointError(f"{folder}: the ranks have no checkpoint of the same epoch and step; wait for the run to "
                               "finish saving, or copy one checkpoint of all ranks into a folder of its own")
-    return {rank: found[max(common)] for rank, found in folders.items()}
+    return {rank: files[max(common)] for rank, files in found.items()}
 
 
 def _rank_folder(source: Path) -> Path:
     """The folder of rank files that a job, a checkpoint or such a folder itself names."""
-    for folder in (source, source / "model", source / "checkpoint"):
-        if rank_files(folder):
-            return folder
-    return newest_checkpoint(source) / "model"
+    folders = filter(rank_files, (source, source / "model", source / "checkpoint"))
+    return next(folders, None) or newest_checkpoint(source) / "model"
 
 
 def _near_strategy(folder: Path) -> Path:
@@ -98,13 +85,13 @@ def merged_tensors(source: str | Path, strategy: str | Path | None = None) -> Te
     return whole
 
 
-def read_adapters(path: str | Path) -> Tensors:
+def read_adapters(path: str | Path, strategy: str | Path | None = None) -> Tensors:
     """The adapters of a .safetensors file, a job (its newest checkpoint) or a checkpoint, without weights beside them.
 
-    Raises CheckpointError where there are none.
+    strategy: as for `merged_tensors`. Raises CheckpointError where there are none.
     """
     path = Path(path)
-    stored = merged_tensors(path) if path.is_dir() else read_safetensors(path)
+    stored = merged_tensors(path, strategy) if path.is_dir() else read_safetensors(path)
     adapters = stored.select(filter(is_adapter, stored))
     if not adapters:
         raise CheckpointError(f"{path}: holds no adapters (lora_a, lora_b, lora_alpha), but "
@@ -135,12 +122,12 @@ def merge(source: str | Path, destination: str | Path, strategy: str | Path | No
     Example: merge("output/tiny", "output/tiny/merged.safetensors")
     """
     source = Path(source)
-    tensors = merged_tensors(source, strategy)
     if adapters:
-        tensors = read_adapters(source)
-    elif base or all(is_adapter(name) for name in tensors):
-        tensors = fold_adapters(tensors, read_weights(base or _base_weights(source)), str(source))
+        tensors = read_adapters(source, strategy)
     else:
-        tensors = fold_adapters(tensors, origin=str(source))
+        tensors = merged_tensors(source, strategy)
+        if base is None and all(map(is_adapter, tensors)):
+            base = _base_weights(source)
+        tensors = fold_adapters(tensors, read_weights(base) if base else None, str(source))
     return write_weights(destination, tensors, max_shard_size=max_shard_size, about={"source": str(source)},
                          force=force, progress=progress)

@@ -19,7 +19,7 @@ from typing import Any
 from glm3kit.checkpoint.layout import Layout
 from glm3kit.errors import CheckpointError
 from glm3kit.files import atomic_write
-from glm3kit.weights.formats.protobuf import Damaged, fields, varints
+from glm3kit.weights.formats.protobuf import read_message
 
 
 def write_strategy(path: str | Path, layouts: Mapping[str, Layout]) -> Path:
@@ -42,9 +42,9 @@ def write_strategy(path: str | Path, layouts: Mapping[str, Layout]) -> Path:
 
 def _layout(item: Mapping[str, Any], stage: int) -> Layout:
     """One entry of a strategy file; raises ValueError, TypeError, KeyError or IndexError for what is none."""
-    devices, axes = tuple(item["dev_matrix"]), []
-    for entry in item["tensor_map"]:
-        axes.append(tuple(axis for axis in (entry if isinstance(entry, list) else [entry]) if axis != -1))
+    devices = tuple(item["dev_matrix"])
+    axes = tuple(tuple(axis for axis in (entry if isinstance(entry, list) else [entry]) if axis != -1)
+                 for entry in item["tensor_map"])
     step, size = item.get("opt_weight_shard_step", 0), item.get("opt_weight_shard_size", 0)
     segments, flattened, unit = item.get("segments", ()), item.get("flattened", ()), item.get("unit", 1)
     numbers = (*devices, *sum(axes, ()), step, size, *segments, *flattened, unit, stage)
@@ -53,7 +53,7 @@ def _layout(item: Mapping[str, Any], stage: int) -> Layout:
     shards = size if step else 0
     if size == -1:  # all ranks that hold the same slice share it
         shards = prod(devices) // prod(devices[-1 - axis] for axis in sum(axes, ()))
-    return Layout(devices, tuple(axes), max(shards, 1), tuple(segments), unit, tuple(flattened), max(step, 1), stage)
+    return Layout(devices, axes, max(shards, 1), tuple(segments), unit, tuple(flattened), max(step, 1), stage)
 
 
 def _read_json(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
@@ -63,81 +63,47 @@ def _read_json(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     return next((entry["stage"] for entry in operators.values()), 0), content["parallel_layout_item"]
 
 
-# node_strategy.proto: the fields of ParallelLayouts that matter here
-LAYOUT_FIELDS = {1: "dev_matrix", 2: "tensor_map", 6: "opt_weight_shard_step", 7: "opt_weight_shard_size"}
-
-
-def _signed(number: int) -> int:
-    """A number below zero, which protobuf writes as its 64-bit complement."""
-    return number - (1 << 64) if number >> 63 else number
-
-
-def _dims(data: bytes, start: int, end: int) -> list[int]:
-    """The numbers of a message of repeated numbers, one a field or packed into one."""
-    dims = []
-    for field, first, last in fields(data, start, end):
-        if field != 1:
-            raise Damaged(f"field {field} among numbers at byte {start}")
-        dims += map(_signed, varints(data, first, last) if last else [first])
-    return dims
-
-
-def _read_layout(data: bytes, start: int, end: int) -> dict[str, Any]:
-    """A ParallelLayouts as JSON would have it."""
-    item: dict[str, Any] = {}
-    for field, first, last in fields(data, start, end):
-        if not last:
-            item[LAYOUT_FIELDS.get(field, "")] = _signed(first)
-        elif field in (1, 2):
-            item.setdefault(LAYOUT_FIELDS[field], []).append(_dims(data, first, last))
-    item["dev_matrix"], maps = item["dev_matrix"][0], item.get("tensor_map", [[]])
-    # Several maps: an axis each, which may be cut by several axes of the ranks; one: a number an axis.
-    item["tensor_map"] = [dims for dims in maps if dims] if len(maps) > 1 else maps[0]
-    return item
+# node_strategy.proto, as far as it matters here
+STRATEGY_MAP = {2: ("operators", [slice]), 3: ("parameters", [slice])}
+ENTRY = {1: ("name", str), 2: ("content", slice)}  # of an operator its strategy, of a parameter its layouts
+LAYOUTS = {1: ("dev_matrix", [slice]), 2: ("tensor_map", [slice]), 6: ("opt_weight_shard_step", int),
+           7: ("opt_weight_shard_size", int)}
 
 
 def _read_protobuf(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Stage and entries of a ParallelStrategyMap."""
+    """Stage and entries of a ParallelStrategyMap, as JSON would have them."""
     data = path.read_bytes()
-    stages, items = [], {}
-    for field, start, end in fields(data, 0, len(data)):
-        if field not in (2, 3) or not end:
-            continue
-        name, message = None, None  # of an operator and its strategy, or a parameter and its layouts
-        for inner, first, last in fields(data, start, end):
-            if inner == 1:
-                name = data[first:last].decode("utf-8")
-            elif inner == 2:
-                message = first, last
-        if name is None or message is None:
-            raise Damaged(f"no name or no layout at byte {start}")
-        if field == 2:
-            stages += [value for inner, value, last in fields(data, *message) if inner == 1 and not last]
-        else:
-            items[name] = _read_layout(data, *message)
+    strategy = read_message(data, slice(0, len(data)), STRATEGY_MAP)
+    operators, parameters = ([read_message(data, place, ENTRY) for place in places] for places in strategy.values())
+    stages = [read_message(data, operator["content"], {1: ("stage", int)}, stage=0)["stage"] for operator in operators]
+    items = {}
+    for parameter in parameters:
+        item = read_message(data, parameter["content"], LAYOUTS, opt_weight_shard_step=0, opt_weight_shard_size=0)
+        (devices, *_), maps = ([read_message(data, place, {1: ("dim", [int])})["dim"] for place in item[key]]
+                               for key in ("dev_matrix", "tensor_map"))
+        # Several maps: an axis each, which may be cut by several axes of the ranks; one: a number an axis.
+        axes = [numbers for numbers in maps if numbers] if len(maps) > 1 else sum(maps, [])
+        items[parameter["name"]] = item | {"dev_matrix": devices, "tensor_map": axes}
     return next(iter(stages), 0), items
 
 
-def _read_file(path: Path) -> dict[str, Layout]:
-    """The layouts of one file: JSON where its name says so, else protobuf, as MindSpore decides it."""
+def _read_file(path: Path) -> dict[int, dict[str, Layout]]:
+    """The layouts of one file by stage: JSON where its name says so, else protobuf, as MindSpore decides it."""
     try:
         stage, items = _read_json(path) if path.suffix == ".json" else _read_protobuf(path)
-        layouts = {}
+        layouts: dict[int, dict[str, Layout]] = {}
         for name, item in items.items():
             # What `merge_pipeline_strategys` makes of several stages has the stage before each name.
             merged = re.fullmatch(r"(\d+)-(.+)", name)
             key, at = (merged[2], int(merged[1])) if merged else (name, stage)
-            if key not in layouts or at < layouts[key].stage:  # what two stages share, the first has too
-                layouts[key] = _layout(item, at)
+            layouts.setdefault(at, {})[key] = _layout(item, at)
         if not layouts:
             raise ValueError("it holds no parameter")
         return layouts
-    except OSError as err:
-        raise CheckpointError(f"{path}: cannot be read ({err.strerror}); name the strategy file of the run that wrote "
-                              "the checkpoint") from err
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as err:
-        raise CheckpointError(f"{path}: no strategy file of MindSpore's ({err!r}); name the strategy file of the run "
-                              "that wrote the checkpoint") from err
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as err:
+        why = f"cannot be read ({err.strerror})" if isinstance(err, OSError) else (
+            f"no strategy file of MindSpore's ({err!r})")
+        raise CheckpointError(f"{path}: {why}; name the strategy file of the run that wrote the checkpoint") from err
 
 
 def read_strategy(path: str | Path) -> dict[str, Layout]:
@@ -149,16 +115,14 @@ def read_strategy(path: str | Path) -> dict[str, Layout]:
     files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
     if not files:
         raise CheckpointError(f"{path}: an empty folder; name the strategy file of the run that wrote the checkpoint")
-    layouts: dict[str, Layout] = {}
     first: dict[int, tuple[Path, dict[str, Layout]]] = {}  # by stage
     for file in files:
-        read = _read_file(file)
-        for stage in sorted({layout.stage for layout in read.values()}):
-            here = {name: layout for name, layout in read.items() if layout.stage == stage}
+        for stage, here in _read_file(file).items():
             other, known = first.setdefault(stage, (file, here))
             if known != here:
                 raise CheckpointError(f"{path}: {other.name} and {file.name} say different things of stage {stage}; "
                                       "they are of different runs, give the one that belongs to the checkpoint")
-            layouts |= {name: layout for name, layout in here.items()
-                        if name not in layouts or stage < layouts[name].stage}
+    layouts: dict[str, Layout] = {}
+    for stage in sorted(first):  # what two stages share, the first has too
+        layouts |= {name: layout for name, layout in first[stage][1].items() if name not in layouts}
     return layouts

@@ -7,8 +7,6 @@ forgotten when a checkpoint is merged.
     fold_adapters(read_safetensors("adapters.safetensors"), read_weights("chatglm3-6b"))
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from glm3kit.errors import CheckpointError
@@ -22,22 +20,6 @@ def is_adapter(name: str) -> bool:
     return name.endswith(ADAPTER)
 
 
-def _update(adapters: Mapping[str, np.ndarray], matrix: str) -> np.ndarray:
-    """What an adapter adds to its matrix, float32 (out, in)."""
-    a, b, alpha = (cast(adapters[matrix + suffix], "float32") for suffix in ADAPTER)
-    return (b @ a) * (alpha / len(a))
-
-
-def _check_whole(adapters: Mapping[str, object], origin: str) -> list[str]:
-    """The matrices that adapters belong to; raises CheckpointError where one of the three tensors is missing."""
-    matrices = sorted({name.rpartition(".")[0] for name in adapters if is_adapter(name)})
-    missing = [matrix + suffix for matrix in matrices for suffix in ADAPTER if matrix + suffix not in adapters]
-    if missing:
-        raise CheckpointError(f"{origin}: adapters lack {', '.join(missing[:3])}; expected lora_a, lora_b and "
-                              "lora_alpha of every matrix; save them again")
-    return matrices
-
-
 def fold_adapters(tensors: Tensors, base: Tensors | None = None, origin: str = "weights",
                   dtype: str | None = None) -> Tensors:
     """Weights with their adapters folded in; a matrix is computed when it is asked for.
@@ -46,7 +28,11 @@ def fold_adapters(tensors: Tensors, base: Tensors | None = None, origin: str = "
     dtype: type of the others, by default their own.
     Raises CheckpointError if an adapter is not whole, or its matrix is missing or of another shape.
     """
-    matrices = _check_whole(tensors.specs, origin)
+    matrices = sorted({name.rpartition(".")[0] for name in tensors if is_adapter(name)})
+    missing = [matrix + suffix for matrix in matrices for suffix in ADAPTER if matrix + suffix not in tensors]
+    if missing:
+        raise CheckpointError(f"{origin}: adapters lack {', '.join(missing[:3])}; expected lora_a, lora_b and "
+                              "lora_alpha of every matrix; save them again")
     weights = base or tensors
     faults = []
     for matrix in matrices:
@@ -65,7 +51,8 @@ def fold_adapters(tensors: Tensors, base: Tensors | None = None, origin: str = "
     def read(name: str) -> np.ndarray:
         if name not in folded:
             return weights[name]
-        return cast(cast(weights[name], "float32") + _update(tensors, folded[name]), specs[name].dtype, name)
+        a, b, alpha = (cast(tensors[folded[name] + suffix], "float32") for suffix in ADAPTER)
+        return cast(cast(weights[name], "float32") + (b @ a) * (alpha / len(a)), specs[name].dtype, name)
 
     return Tensors(specs, read, weights.metadata,
                    lambda name: cut(read(name)) if name in folded else weights.blocks(name))

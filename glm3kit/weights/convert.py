@@ -73,7 +73,7 @@ def _find_config(src: Path, config: str | Path | None, specs: Mapping[str, Tenso
         published = read_published(path)
         is_glm = isinstance(published, dict) and published.get("model_type") == "glm"
         return chatglm_config(published, path) if is_glm else published, str(path)
-    entries = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+    entries = read_manifest(folder)
     entry = next(iter(entries.values()), {}) if src.is_dir() else entries.get(src.name, {})
     if "config" in entry:
         return entry["config"], str(folder / MANIFEST)
@@ -110,7 +110,7 @@ def _companions(src: Path, to: str, cfg: ModelConfig, published: Mapping[str, An
     if to == "hf":
         folder = src if src.is_dir() else src.parent
         files = {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
-    if to == "hf-glm":
+    elif to == "hf-glm":
         stop_ids = ChatGLM3Tokenizer(tokenizer).stop_ids if tokenizer else PUBLISHED_STOP_IDS
         config = glm_config(cfg, dtype, stop_ids)
         files = tokenizer_files(tokenizer) if tokenizer else {}
@@ -159,13 +159,9 @@ def convert_weights(src: str | Path, dst: str | Path, to: str = "mindspore", dty
         max_shard_size = max_shard_size or HUB_SHARD
     weights = read_weights(src)
     published, where = _find_config(src, config, weights.specs)
-    cfg = ModelConfig.from_published(published, where) if published else None
+    cfg = ModelConfig.from_published(published, where) if where else None
     overflows: Counter[str] = Counter()
-
-    def in_type(tensors: Tensors) -> Tensors:
-        return tensors if dtype == "keep" else cast_tensors(tensors, dtype, overflows)
-
-    tensors = in_type(weights)
+    tensors = cast_tensors(weights, dtype, overflows)
     faults = _source_faults(src, dst, weights, cfg, where, to)
     if faults := faults + destination_faults(dst, tensors.nbytes, bool(max_shard_size), force):
         raise CheckpointError(f"{src}: nothing was converted: " + "\n".join(faults))
@@ -180,7 +176,7 @@ def convert_weights(src: str | Path, dst: str | Path, to: str = "mindspore", dty
         if to == "hf":
             tensors = published_tensors(tensors, cfg)
         elif to == "hf-glm":
-            tensors = in_type(glm_tensors(weights, cfg))
+            tensors = cast_tensors(glm_tensors(weights, cfg), dtype, overflows)
             if not vocabulary:
                 warnings.warn(f"{dst}: written without a tokenizer, none is beside {src}; name it with --tokenizer "
                               "(tokenizer=)", stacklevel=2)
@@ -208,29 +204,25 @@ def verify_weights(path: str | Path, *, progress: bool = True) -> int:
     if not names or not set(names) <= set(files):
         raise CheckpointError(f"{path}: {folder / MANIFEST} says nothing of it; it was not written by convert or merge")
     opened = {name: READERS[Path(name).suffix](folder / name) for name in names}
-    faults = []
-    expected: dict[tuple[str, str], str] = {}
-    for name, tensors in opened.items():
-        known = files[name]["tensors"]
-        faults += [f"'{tensor}' is missing in {name}" for tensor in known if tensor not in tensors]
-        for tensor, spec in tensors.specs.items():
-            entry = known.get(tensor)
-            if entry is None:
-                faults.append(f"'{tensor}' in {name} is not in the manifest")
-            elif (entry["dtype"], tuple(entry["shape"])) != spec:
-                faults.append(f"'{tensor}' in {name} is {spec.dtype} {list(spec.shape)}, was written as "
-                              f"{entry['dtype']} {entry['shape']}")
-            else:
-                expected[name, tensor] = entry["sha256"]
-    total = sum(opened[name].specs[tensor].nbytes for name, tensor in expected)
-    with (ThreadPoolExecutor() as pool,
-          tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=not progress) as bar):
-        for (name, tensor), found in zip(expected, pool.map(lambda key: sha256(opened[key[0]], key[1]), expected),
-                                         strict=True):
-            bar.update(opened[name].specs[tensor].nbytes)
-            if found != expected[name, tensor]:
-                faults.append(f"'{tensor}' in {name} has other values than were written")
-    if faults:
+
+    def fault(name: str, tensor: str) -> str | None:
+        written, spec = files[name]["tensors"].get(tensor), opened[name].specs.get(tensor)
+        if not spec:
+            return f"'{tensor}' is missing in {name}"
+        if not written:
+            return f"'{tensor}' in {name} is not in the manifest"
+        if (written["dtype"], tuple(written["shape"])) != spec:
+            return (f"'{tensor}' in {name} is {spec.dtype} {list(spec.shape)}, was written as {written['dtype']} "
+                    f"{written['shape']}")
+        if sha256(opened[name], tensor) != written["sha256"]:
+            return f"'{tensor}' in {name} has other values than were written"
+        return None
+
+    tensors = [(name, tensor) for name in names for tensor in {**files[name]["tensors"], **opened[name].specs}]
+    with ThreadPoolExecutor() as pool:
+        found = list(tqdm(pool.map(fault, *zip(*tensors, strict=True)), path.name, len(tensors), unit=" tensors",
+                          disable=not progress))
+    if faults := list(filter(None, found)):
         raise CheckpointError(f"{path}: {len(faults)} faults against {folder / MANIFEST}:\n  " + "\n  ".join(faults) +
                               "\nconvert again from the source")
-    return len(expected)
+    return len(tensors)

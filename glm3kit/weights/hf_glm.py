@@ -16,7 +16,7 @@ import sentencepiece
 from glm3kit.config.groups import ModelConfig
 from glm3kit.errors import ConfigError, DataError
 from glm3kit.text.tokenizer import SPECIAL_NAMES, ChatGLM3Tokenizer
-from glm3kit.weights.formats.protobuf import Damaged, fields
+from glm3kit.weights.formats.protobuf import read_message
 
 PUBLISHED_STOP_IDS = (2, 64795, 64797)  # </s>, <|user|>, <|observation|>
 # "sop" would be found in the middle of words by those who look for special tokens in text, "<sop>" will not.
@@ -73,16 +73,17 @@ def chatglm_config(glm: dict[str, Any], path: str | Path) -> dict[str, Any]:
 
 def _check_model(path: Path, proto: bytes) -> None:
     """Refuse a SentencePiece model that Llama's form of BPE does not describe: other algorithms, changed texts."""
-    model_type, normalizer = 0, {2: 0, 3: 1, 4: 1}  # the form's defaults: no character map, prefix, spaces removed
     try:
-        for field, first, last in fields(proto, 0, len(proto)):
-            if field == 2:  # TrainerSpec
-                model_type = next((value for inner, value, _ in fields(proto, first, last) if inner == 3), 1)
-            elif field == 3:  # NormalizerSpec
-                normalizer |= {inner: end - value if end else value for inner, value, end in fields(proto, first, last)}
-    except Damaged as err:
+        # of sentencepiece_model.proto what decides how text is split and changed
+        model = read_message(proto, slice(0, len(proto)), {2: ("trainer", slice), 3: ("normalizer", slice)})
+        trainer = read_message(proto, model["trainer"], {3: ("model_type", int)}, model_type=1)
+        normalizer = read_message(proto, model["normalizer"], {
+            2: ("character_map", slice), 3: ("add_dummy_prefix", int), 4: ("remove_extra_whitespaces", int)},
+            character_map=slice(0, 0), add_dummy_prefix=1, remove_extra_whitespaces=1)
+    except ValueError as err:
         raise DataError(f"{path}: not a SentencePiece model ({err}); download the published tokenizer.model") from err
-    if model_type != BPE or [normalizer[key] for key in (2, 3, 4)] != [0, 1, 0]:
+    if (trainer["model_type"] != BPE or proto[normalizer["character_map"]] or not normalizer["add_dummy_prefix"]
+            or normalizer["remove_extra_whitespaces"]):
         raise DataError(f"{path}: a SentencePiece model of another kind than ChatGLM3's (BPE without normalization, "
                         "with a space put first); it cannot be written as tokenizer.json")
 
@@ -101,6 +102,8 @@ def _tokenizer_json(pieces: sentencepiece.SentencePieceProcessor, tokenizer: Cha
     plain = [i for i in ids if not (pieces.is_byte(i) or pieces.is_control(i) or pieces.is_unknown(i))]
     special = {TOKEN_NAMES.get(name, name): id_ for name, id_ in tokenizer.special_tokens.items()}
     prefix = ("[gMASK]", "<sop>")
+    single = [{"SpecialToken": {"id": name, "type_id": 0}} for name in prefix]
+    single.append({"Sequence": {"id": "A", "type_id": 0}})
     return {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": id_, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
@@ -110,10 +113,7 @@ def _tokenizer_json(pieces: sentencepiece.SentencePieceProcessor, tokenizer: Cha
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [*({"SpecialToken": {"id": name, "type_id": 0}} for name in prefix),
-                       {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [*({"SpecialToken": {"id": name, "type_id": 0}} for name in prefix),
-                     {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "single": single, "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}],
             "special_tokens": {name: {"id": name, "ids": [special[name]], "tokens": [name]} for name in prefix}},
         "decoder": {"type": "Sequence", "decoders": [
             {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"},

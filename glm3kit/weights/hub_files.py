@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
 from glm3kit.errors import CheckpointError
 from glm3kit.weights.formats.ckpt import read_ckpt
 from glm3kit.weights.formats.safetensors import read_safetensors
@@ -21,8 +23,6 @@ READERS: dict[str, Callable[[Path], Tensors]] = {
     ".safetensors": read_safetensors, ".ckpt": read_ckpt, ".bin": read_torch, ".pth": read_torch}
 MINDSPORE_FORMS = (".ckpt", ".safetensors")  # what MindSpore saves, and the kit writes
 INDEXES = ("model.safetensors.index.json", "model.ckpt.index.json", "pytorch_model.bin.index.json")
-READ_FORMS = ("read are a hub folder of .safetensors or .bin with its index, a .safetensors, .bin or .pth file, "
-              "MindSpore's .ckpt, and a folder of any of them")
 NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.\w+)")
 
 
@@ -94,7 +94,8 @@ def weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
         what = f"weights in the form '{path.suffix}' are not read"
     else:
         what = "no such file or folder"
-    raise CheckpointError(f"{path}: {what}; {READ_FORMS}")
+    raise CheckpointError(f"{path}: {what}; read are a hub folder of .safetensors or .bin with its index, a "
+                          ".safetensors, .bin or .pth file, MindSpore's .ckpt, and a folder of any of them")
 
 
 def cut_into_shards(specs: Mapping[str, TensorSpec], max_size: int, suffix: str) -> dict[str, list[str]]:
@@ -124,11 +125,12 @@ def index_text(specs: Mapping[str, TensorSpec], shards: Mapping[str, list[str]])
 def parse_size(text: str) -> int:
     """Bytes of a size as people write it: "2GB", "500 MB", "1.5GiB", "4096".
 
-    Raises CheckpointError for another text, and for less than a byte.
+    Raises CheckpointError for another text, for less than a byte, and for what no disk holds.
     """
-    units = {"": 1, "B": 1, **{f"{letter}{tail}": base ** power for power, letter in enumerate("KMGT", 1)
-                               for tail, base in (("", 1000), ("B", 1000), ("IB", 1024))}}
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*", text.upper())
-    if not found or found[2] not in units or float(found[1]) * units[found[2]] < 1:
+    try:
+        size = TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        size = 0
+    if not 1 <= size < 10**15:
         raise CheckpointError(f"'{text}' is no size; write it as 2GB, 500MB or a number of bytes")
-    return int(float(found[1]) * units[found[2]])
+    return size

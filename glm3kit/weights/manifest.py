@@ -27,32 +27,25 @@ TENSOR = {"dtype", "shape", "sha256"}  # what is said of a tensor
 AHEAD = 4  # blocks of a tensor that may wait for their checksum
 
 
-class Checksums:
-    """SHA-256 of tensors as they are written, computed by a thread beside the writing; `finish` gives the sums."""
+def with_checksums(tensors: Tensors, thread: ThreadPoolExecutor, digests: dict[str, Any],
+                   on_bytes: Callable[[int], object]) -> Tensors:
+    """The same tensors; what is read of them in blocks is summed up in `digests`, beside the writing.
 
-    def __init__(self, thread: ThreadPoolExecutor) -> None:
-        self._thread = thread  # one: a sum takes its blocks in their order
-        self._waiting: deque[Future] = deque()
-        self._digests: dict[str, Any] = {}
+    thread: one, for a sum takes its blocks in their order; the sums are whole when it has shut down.
+    on_bytes: told the size of each block that has been used.
+    """
+    waiting: deque[Future] = deque()
 
-    def watch(self, tensors: Tensors, on_bytes: Callable[[int], object]) -> Tensors:
-        """The same tensors; what is read of them in blocks is summed up, and its size told when it has been used."""
-        def blocks(name: str) -> Iterator[np.ndarray]:
-            digest = self._digests[name] = hashlib.sha256()
-            for block in tensors.blocks(name):
-                self._waiting.append(self._thread.submit(digest.update, raw_bytes(block)))
-                yield block
-                on_bytes(block.nbytes)
-                if len(self._waiting) > AHEAD:
-                    self._waiting.popleft().result()
+    def blocks(name: str) -> Iterator[np.ndarray]:
+        digest = digests[name] = hashlib.sha256()
+        for block in tensors.blocks(name):
+            waiting.append(thread.submit(digest.update, raw_bytes(block)))
+            yield block
+            on_bytes(block.nbytes)
+            if len(waiting) > AHEAD:
+                waiting.popleft().result()
 
-        return Tensors(tensors.specs, tensors.__getitem__, tensors.metadata, blocks)
-
-    def finish(self) -> dict[str, str]:
-        """Wait for all sums: those of every tensor that was read, in hexadecimal."""
-        while self._waiting:
-            self._waiting.popleft().result()
-        return {name: digest.hexdigest() for name, digest in self._digests.items()}
+    return Tensors(tensors.specs, tensors.__getitem__, tensors.metadata, blocks)
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
@@ -86,10 +79,10 @@ def write_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]], beside:
     atomic_write(folder / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def manifest_entry(tensors: Tensors, checksums: Mapping[str, str], about: Mapping[str, Any]) -> dict[str, Any]:
+def manifest_entry(tensors: Tensors, digests: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
     """What the manifest says of a file with these tensors."""
     return {"tool": f"glm3kit {__version__}", **about,
-            "tensors": {name: {"dtype": spec.dtype, "shape": list(spec.shape), "sha256": checksums[name]}
+            "tensors": {name: {"dtype": spec.dtype, "shape": list(spec.shape), "sha256": digests[name].hexdigest()}
                         for name, spec in tensors.specs.items()}}
 
 

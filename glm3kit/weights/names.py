@@ -32,7 +32,7 @@ GLM_LAYER = {"input_layernorm": ("input_layernorm",), "post_attention_layernorm"
              "mlp.dense_h_to_4h": ("mlp.gate_up_proj",), "mlp.dense_4h_to_h": ("mlp.down_proj",)}
 GLM_OTHERS = {EMBEDDING: "model.embed_tokens.weight", "transformer.encoder.final_layernorm.weight": "model.norm.weight",
               OUTPUT: "lm_head.weight"}
-GLM_WHOLE = {glm: name for name, glm in GLM_OTHERS.items()}
+WHOLE = {HF_EMBEDDING: EMBEDDING, NEWER_EMBEDDING: EMBEDDING} | {glm: name for name, glm in GLM_OTHERS.items()}
 GLM_PARTS, NEWER_PARTS = ({part: (name, index, len(parts)) for name, parts in layer.items()
                            for index, part in enumerate(parts)} for layer in (GLM_LAYER, NEWER_LAYER))
 
@@ -51,10 +51,8 @@ def part_of(stored: str) -> Part:
     Example: "transformer.encoder.layers.0.self_attention.wk.bias" ->
     ("transformer.encoder.layers.0.self_attention.query_key_value.bias", 1, 3)
     """
-    if stored in (HF_EMBEDDING, NEWER_EMBEDDING):
-        return Part(EMBEDDING)
-    if stored in GLM_WHOLE:
-        return Part(GLM_WHOLE[stored])
+    if stored in WHOLE:
+        return Part(WHOLE[stored])
     for pattern, parts in ((LAYER, NEWER_PARTS), (GLM_LAYER_NAME, GLM_PARTS)):
         if (found := pattern.fullmatch(stored)) and found[2] in parts:
             name, index, count = parts[found[2]]

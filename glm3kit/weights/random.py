@@ -29,7 +29,6 @@ def random_weights(cfg: ModelConfig, seed: int) -> Tensors:
     Each tensor is drawn whole by the seed and its number in the model, so that slices of it are the same in any layout.
     """
     specs = {name: TensorSpec(cfg.param_dtype, shape) for name, shape in parameter_shapes(cfg).items()}
-    numbers = {name: number for number, name in enumerate(specs)}
 
     def read(name: str) -> np.ndarray:
         shape = specs[name].shape
@@ -41,7 +40,7 @@ def random_weights(cfg: ModelConfig, seed: int) -> Tensors:
             # Two residual branches a layer add up; scaled so, their sum keeps its size (GPT-2's initialization).
             branch = name.endswith(("self_attention.dense.weight", "mlp.dense_4h_to_h.weight"))
             scale = 0.02 / sqrt(2 * cfg.num_layers) if branch else 0.02
-            values = np.random.default_rng([seed, numbers[name]]).standard_normal(shape, np.float32)
+            values = np.random.default_rng([seed, list(specs).index(name)]).standard_normal(shape, np.float32)
             values *= np.float32(scale)  # in place: the tables of 6B are 1 GB each
         return cast(values, cfg.param_dtype, name)
 

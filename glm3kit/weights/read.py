@@ -5,7 +5,8 @@ A file is mapped into memory and a tensor is read when it is needed, so 12 GB of
     read_weights("chatglm3-6b")["transformer.output_layer.weight"]
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +32,8 @@ class Weights(Tensors):
             parts = [opened[file][stored] for file, stored in origin[name]]
             return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-        def blocks(name: str) -> Iterator[np.ndarray]:
-            for file, stored in origin[name]:
-                yield from opened[file].blocks(stored)
-
-        super().__init__(specs, read, blocks=blocks)
+        super().__init__(specs, read, blocks=lambda name: chain.from_iterable(
+            opened[file].blocks(stored) for file, stored in origin[name]))
         self.origin = dict(origin)
         self.dropped = tuple(dropped)
 

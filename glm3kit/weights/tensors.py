@@ -17,8 +17,6 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from glm3kit.errors import CheckpointError
-
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # Through `str`, which leaves a byte order that is the machine's unsaid: MindSpore 2.7 takes no array that says it.
 DTYPES = {name: np.dtype(np.dtype(name).newbyteorder("<").str) for name in (
@@ -43,7 +41,8 @@ class Tensors(Mapping[str, np.ndarray]):
     """Names to arrays; an array is read when it is asked for, types and shapes are in `specs` at once.
 
     metadata: text that stands beside the arrays in a file.
-    blocks: how to get the values of one name block by block, where that needs less memory than the array.
+    blocks: gives the values of one name in row order, in flat arrays of about `BLOCK` bytes: what a writer holds in
+    memory. By default cut from the array.
     """
 
     def __init__(self, specs: Mapping[str, TensorSpec], read: Callable[[str], np.ndarray],
@@ -52,7 +51,7 @@ class Tensors(Mapping[str, np.ndarray]):
         self.specs = dict(specs)
         self.metadata = dict(metadata or {})
         self._read = read
-        self._blocks = blocks or (lambda name: cut(read(name)))
+        self.blocks = blocks or (lambda name: cut(read(name)))
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray]) -> "Tensors":
@@ -80,22 +79,18 @@ class Tensors(Mapping[str, np.ndarray]):
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.specs.values())
 
-    def blocks(self, name: str) -> Iterable[np.ndarray]:
-        """The values of one name in row order, in flat arrays of about `BLOCK` bytes: what a writer holds in memory."""
-        return self._blocks(name)
-
     def select(self, names: Iterable[str]) -> "Tensors":
         """Some of the tensors, in this order."""
-        return Tensors({name: self.specs[name] for name in names}, self._read, self.metadata, self._blocks)
+        return Tensors({name: self.specs[name] for name in names}, self._read, self.metadata, self.blocks)
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """The bytes of a file, read when they are looked at; raises CheckpointError, or ValueError for an empty file."""
+    """The bytes of a file, read when they are looked at; raises ValueError for one that is empty or cannot be read."""
     try:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as err:
-        raise CheckpointError(f"{path}: cannot be read: {err.strerror}") from err
+        raise ValueError(f"it cannot be read ({err.strerror})") from err
     except ValueError as err:  # mmap's
         raise ValueError("it is empty, 0 bytes") from err
 
@@ -105,11 +100,10 @@ def release(array: np.ndarray) -> None:
 
     The array stays valid: what is looked at again comes back from the file.
     """
-    base = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, mmap.mmap):
-        base.madvise(mmap.MADV_DONTNEED)
+    while isinstance(array, np.ndarray):
+        array = array.base
+    if isinstance(array, mmap.mmap):
+        array.madvise(mmap.MADV_DONTNEED)
 
 
 def cut(array: np.ndarray) -> Iterator[np.ndarray]:
@@ -150,10 +144,13 @@ def cast(array: np.ndarray, dtype: str, name: str = "tensor") -> np.ndarray:
 
 
 def cast_tensors(tensors: Tensors, dtype: str, overflows: Counter[str]) -> Tensors:
-    """The same tensors in another floating type, each cast when it is read; integers stay as they are.
+    """The same tensors in another floating type ("keep": their own), each cast when it is read; integers stay.
 
     overflows: counts, for each name, the values read through `blocks` that became infinite.
     """
+    if dtype == "keep":
+        return tensors
+
     def blocks(name: str) -> Iterator[np.ndarray]:
         for block in tensors.blocks(name):
             if specs[name] != tensors.specs[name]:

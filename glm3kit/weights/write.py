@@ -4,8 +4,9 @@
 """
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from glm3kit.files import atomic_folder, atomic_write
 from glm3kit.weights.formats.ckpt import write_ckpt
 from glm3kit.weights.formats.safetensors import write_safetensors
 from glm3kit.weights.hub_files import MINDSPORE_FORMS, cut_into_shards, index_name, index_text
-from glm3kit.weights.manifest import Checksums, is_written_folder, manifest_entry, read_manifest, write_manifest
+from glm3kit.weights.manifest import is_written_folder, manifest_entry, read_manifest, with_checksums, write_manifest
 from glm3kit.weights.names import EMBEDDING, INV_FREQ, hf_name
 from glm3kit.weights.tensors import Tensors, TensorSpec, cast
 
@@ -45,13 +46,6 @@ def destination_faults(path: Path, nbytes: int, as_folder: bool, force: bool) ->
     return faults
 
 
-def _write_file(path: Path, tensors: Tensors) -> None:
-    if path.suffix == ".ckpt":
-        write_ckpt(path, tensors)
-    else:
-        write_safetensors(path, tensors, tensors.metadata or {"format": "ms"})
-
-
 def write_weights(path: str | Path, tensors: Tensors, *, max_shard_size: int | None = None,
                   about: Mapping[str, Any] | None = None, beside: Mapping[str, bytes] | None = None,
                   force: bool = False, progress: bool = True) -> Path:
@@ -69,27 +63,30 @@ def write_weights(path: str | Path, tensors: Tensors, *, max_shard_size: int | N
         raise CheckpointError("\n".join(faults))
     with (tqdm(total=tensors.nbytes, unit="B", unit_scale=True, desc=path.name, disable=not progress) as bar,
           ThreadPoolExecutor(1, "checksums") as thread):
-        checksums = Checksums(thread)
-        watched = checksums.watch(tensors, bar.update)
+        digests: dict[str, Any] = {}
+        watched = with_checksums(tensors, thread, digests, bar.update)
         if max_shard_size:
             suffix = path.suffix if path.suffix in MINDSPORE_FORMS else ".safetensors"
             shards = cut_into_shards(tensors.specs, max_shard_size, suffix)
-            with atomic_folder(path) as folder:
-                for file, names in shards.items():
-                    _write_file(folder / file, watched.select(names))
-                others = {index_name(suffix): index_text(tensors.specs, shards), **(beside or {})}
-                for file, content in others.items():
-                    atomic_write(folder / file, content)
-                sums = checksums.finish()
-                write_manifest(folder, {file: manifest_entry(tensors.select(names), sums, about or {})
-                                        for file, names in shards.items()}, beside=others)
+            others = {index_name(suffix): index_text(tensors.specs, shards), **(beside or {})}
+            destination = atomic_folder(path)
         else:
-            entries = read_manifest(path.parent)
-            if entries.pop(path.name, None):  # it must not tell of an earlier file, should we be killed
-                write_manifest(path.parent, entries)
-            _write_file(path, watched)
-            entry = manifest_entry(tensors, checksums.finish(), about or {})
-            write_manifest(path.parent, read_manifest(path.parent) | {path.name: entry})
+            shards, others, destination = {path.name: list(tensors)}, None, nullcontext(path.parent)
+            known = read_manifest(path.parent)
+            if known.pop(path.name, None):  # it must not tell of an earlier file, should we be killed
+                write_manifest(path.parent, known)
+        with destination as folder:
+            for file, names in shards.items():
+                if file.endswith(".ckpt"):
+                    write_ckpt(folder / file, watched.select(names))
+                else:
+                    write_safetensors(folder / file, watched.select(names), tensors.metadata or {"format": "ms"})
+            for file, content in (others or {}).items():
+                atomic_write(folder / file, content)
+            thread.shutdown()  # when the last checksums are done
+            entries = {file: manifest_entry(tensors.select(names), digests, about or {})
+                       for file, names in shards.items()}
+            write_manifest(folder, read_manifest(folder) | entries, others)
     return path
 
 
@@ -100,11 +97,5 @@ def published_tensors(weights: Tensors, cfg: ModelConfig) -> Tensors:
     inv_freq = cast(1 / 10000 ** (np.arange(0, half, 2) / half), dtype)
     stored = {hf_name(name): name for name in weights}
     specs = {name: weights.specs[own] for name, own in stored.items()} | {INV_FREQ: TensorSpec(dtype, inv_freq.shape)}
-
-    def read(name: str) -> np.ndarray:
-        return inv_freq if name == INV_FREQ else weights[stored[name]]
-
-    def blocks(name: str) -> Iterable[np.ndarray]:
-        return [inv_freq] if name == INV_FREQ else weights.blocks(stored[name])
-
-    return Tensors(specs, read, {"format": "pt"}, blocks)
+    return Tensors(specs, lambda name: weights[stored[name]] if name in stored else inv_freq, {"format": "pt"},
+                   lambda name: weights.blocks(stored[name]) if name in stored else [inv_freq])

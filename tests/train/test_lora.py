@@ -146,6 +146,9 @@ def test_a_checkpoint_goes_on_and_merges_by_itself(adapters_only, fresh, golden,
         np.testing.assert_allclose(np.asarray(merged[name], np.float32), array, rtol=2e-3, atol=1e-6, err_msg=name)
     alone = merge(tmp_path / "job", tmp_path / "adapters.safetensors", adapters=True, progress=False)
     load_weights(folded, golden / "hf", adapters=alone)
+    strategy = (path / "model/strategy.json").rename(tmp_path / "strategy.json")
+    given = merge(tmp_path / "job", tmp_path / "given.safetensors", strategy, adapters=True, progress=False)
+    assert given.read_bytes() == alone.read_bytes()
 
 
 def test_adapters_of_other_settings_or_another_model_are_refused(trained, golden, reference, tmp_path):

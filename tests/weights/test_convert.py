@@ -264,6 +264,9 @@ def test_weights_of_the_shapes_of_6b_need_no_config(monkeypatch):
 
 
 def test_a_config_of_another_model_is_refused(hub, tmp_path):
+    with pytest.raises(ConfigError, match="model_type is None"):
+        (tmp_path / "config.json").write_text("{}")
+        convert_weights(hub, tmp_path / "t.ckpt", config=tmp_path / "config.json", progress=False)
     with pytest.raises(ConfigError, match="model_type is 'llama'"):
         (tmp_path / "config.json").write_text('{"model_type": "llama"}')
         convert_weights(hub, tmp_path / "t.ckpt", config=tmp_path / "config.json", progress=False)

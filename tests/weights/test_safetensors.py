@@ -7,7 +7,7 @@ import pytest
 import safetensors.numpy
 
 from glm3kit.errors import CheckpointError
-from glm3kit.weights.formats.safetensors import write_safetensors
+from glm3kit.weights.formats.safetensors import read_safetensors, write_safetensors
 from glm3kit.weights.read import read_weights
 
 
@@ -58,3 +58,8 @@ def test_no_safetensors_file_is_a_checkpoint_error(content, message, tmp_path):
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         read_weights(path)
+
+
+def test_a_file_that_is_not_there_is_said_once(tmp_path):
+    with pytest.raises(CheckpointError, match=r"^\S+: it cannot be read \(No such file"):
+        read_safetensors(tmp_path / "none.safetensors")

@@ -15,110 +15,78 @@ import numpy as np
 
 from glm3kit.errors import CheckpointError
 from glm3kit.files import StreamedFile, atomic_path
-from glm3kit.weights.formats.protobuf import BYTES, VARINT, Damaged, field_head, fields, varints
+from glm3kit.weights.formats.protobuf import BYTES, VARINT, field_head, fields, read_message
 from glm3kit.weights.tensors import DTYPES, Tensors, TensorSpec, cut, map_file, raw_bytes
 
-TYPES = {"float64": "Float64", "float32": "Float32", "float16": "Float16", "bfloat16": "BFloat16", "int64": "Int64",
-         "int32": "Int32", "int16": "Int16", "int8": "Int8", "uint64": "UInt64", "uint32": "UInt32",
-         "uint16": "UInt16", "uint8": "UInt8", "bool": "Bool"}
+TYPES = {name: name.title().replace("Bf", "BF").replace("Ui", "UI") for name in DTYPES}  # BFloat16, UInt8
 NAMES = {text: name for name, text in TYPES.items()}
 MESSAGE = 512 << 20  # bytes of content a message, MindSpore's own limit
 CRC_TAIL = 17  # bytes: "crc_num" and the number
+VALUE = {1: ("tag", str), 2: ("tensor", slice)}
+TENSOR = {1: ("dims", [int]), 2: ("dtype", str), 3: ("content", slice)}
 
 
-def _tensor(data: mmap.mmap, start: int, end: int) -> tuple[str, tuple[int, ...], int, int]:
-    """Read a TensorProto: (type, shape, first byte of the content, byte after the last)."""
-    dims, dtype, content = [], None, None
-    for field, first, last in fields(data, start, end):
-        if field == 1:
-            dims += varints(data, first, last) if last else [first]
-        elif field == 2:
-            dtype = data[first:last].decode("utf-8")
-        elif field == 3:
-            content = first, last
-    if dtype is None or content is None:
-        raise Damaged(f"no type or no content in the tensor at byte {start}")
-    return dtype, tuple(dims), *content
-
-
-def _values(data: mmap.mmap, end: int) -> Iterator[tuple[str, str, tuple[int, ...], int, int]]:
-    """Every value of the file: name, type, shape, first byte, byte after the last."""
-    for field, start, stop in fields(data, 0, end):
-        if field != 1 or not stop:
-            raise Damaged(f"field {field} before byte {start}")
-        tag, tensor = None, None
-        for inner, first, last in fields(data, start, stop):
-            if inner == 1:
-                tag = data[first:last].decode("utf-8")
-            elif inner == 2:
-                tensor = _tensor(data, first, last)
-        if tag is None or tensor is None:
-            raise Damaged(f"no name or no tensor in the value at byte {start}")
-        yield tag, *tensor
-
-
-def _directory(data: mmap.mmap) -> tuple[dict[str, TensorSpec], dict[str, list[tuple[int, int]]], dict[str, str]]:
-    """What the file holds: specs, places (first byte and end of the content of each message), values that are text."""
+def _directory(data: mmap.mmap) -> tuple[dict[str, TensorSpec], dict[str, list[slice]]]:
+    """What the file holds: specs, and places of the content in each message. Values that are text are passed over."""
     end = len(data)
     if data[end - CRC_TAIL:end - CRC_TAIL + 7] == b"crc_num":
         end -= CRC_TAIL
     specs: dict[str, TensorSpec] = {}
-    places: dict[str, list[tuple[int, int]]] = {}
-    texts: dict[str, str] = {}
+    places: dict[str, list[slice]] = {}
     last_tag = None
-    for tag, dtype, dims, first, last in _values(data, end):
-        if dtype == "str":
-            texts[tag] = data[first:last].decode("utf-32-le")  # NumPy's text: 4 bytes a character
-        elif dtype not in NAMES:
-            raise Damaged(f"'{tag}' has type {dtype!r}; read are {', '.join(NAMES)}")
-        elif tag in specs and tag != last_tag:
-            raise Damaged(f"'{tag}' stands twice, the second time at byte {first}")
-        else:
-            specs[tag] = TensorSpec(NAMES[dtype], () if dims == (0,) else dims)  # 0 is how it writes a scalar
-            places.setdefault(tag, []).append((first, last))
+    for number, place in fields(data, slice(0, end)):
+        if number != 1 or type(place) is int:
+            raise ValueError(f"field {number}, which is no value")
+        value = read_message(data, place, VALUE)
+        tensor = read_message(data, value["tensor"], TENSOR)
+        tag, dtype, dims, content = value["tag"], tensor["dtype"], tuple(tensor["dims"]), tensor["content"]
+        if dtype == "str":  # of `append_dict`: no weight
+            continue
+        if dtype not in NAMES:
+            raise ValueError(f"'{tag}' has type {dtype!r}; read are {', '.join(NAMES)}")
+        if tag in specs and tag != last_tag:
+            raise ValueError(f"'{tag}' stands twice, the second time at byte {content.start}")
+        specs[tag] = TensorSpec(NAMES[dtype], () if dims == (0,) else dims)  # 0 is how it writes a scalar
+        places.setdefault(tag, []).append(content)
         last_tag = tag
     for tag, spec in specs.items():
-        found = sum(last - first for first, last in places[tag])
-        if found != spec.nbytes:
-            raise Damaged(f"'{tag}' of type {spec.dtype} and shape {list(spec.shape)} needs {spec.nbytes} bytes, "
-                           f"it has {found}")
+        found = [content.stop - content.start for content in places[tag]]
+        if sum(found) != spec.nbytes or min(spec.shape, default=0) < 0 or any(
+                size % DTYPES[spec.dtype].itemsize for size in found):
+            raise ValueError(f"'{tag}' of type {spec.dtype} and shape {list(spec.shape)} needs {spec.nbytes} bytes, "
+                             f"it has {' + '.join(map(str, found))}")
     if not specs:
-        raise Damaged("it holds no tensor")
-    return specs, places, texts
+        raise ValueError("it holds no tensor")
+    return specs, places
 
 
 def read_ckpt(path: str | Path) -> Tensors:
     """Open a .ckpt file: types and shapes at once, a tensor's bytes when it is asked for.
 
-    The arrays are read-only views of the mapped file, but for those in several messages. `metadata` are the values that
-    are text. Nothing is executed: the form holds numbers and text only.
+    The arrays are read-only views of the mapped file, but for those in several messages. Nothing is executed: the form
+    holds numbers and text only.
     Raises CheckpointError for a file that is cut off, damaged, encrypted or no .ckpt.
     """
     path = Path(path)
     try:
         data = map_file(path)
-        specs, places, texts = _directory(data)
+        specs, places = _directory(data)
+        bytes_of = np.ndarray(len(data), np.uint8, data)
     except ValueError as err:
         raise CheckpointError(f"{path}: no MindSpore checkpoint, or a damaged or encrypted one: {err}; "
                               "get it again, or save it without encryption") from err
 
     def read(name: str) -> np.ndarray:
         dtype, shape = DTYPES[specs[name].dtype], specs[name].shape
-        (first, last), *others = places[name]
-        if not others:
-            return np.ndarray(shape, dtype, data, first)
-        contents = [np.frombuffer(data, np.uint8, last - first, first) for first, last in places[name]]
-        return np.concatenate(contents).view(dtype).reshape(shape)
+        if len(places[name]) == 1:
+            return np.ndarray(shape, dtype, data, places[name][0].start)
+        return np.concatenate([bytes_of[place] for place in places[name]]).view(dtype).reshape(shape)
 
     def blocks(name: str) -> Iterator[np.ndarray]:
-        dtype = DTYPES[specs[name].dtype]
-        if any((last - first) % dtype.itemsize for first, last in places[name]):
-            yield from cut(read(name))
-        else:
-            for first, last in places[name]:
-                yield from cut(np.ndarray((last - first) // dtype.itemsize, dtype, data, first))
+        for place in places[name]:
+            yield from cut(bytes_of[place].view(DTYPES[specs[name].dtype]))
 
-    return Tensors(specs, read, texts, blocks)
+    return Tensors(specs, read, blocks=blocks)
 
 
 def _head(name: str, spec: TensorSpec, size: int) -> bytes:

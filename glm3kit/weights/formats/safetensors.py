@@ -18,8 +18,7 @@ from glm3kit.errors import CheckpointError
 from glm3kit.files import StreamedFile, atomic_path
 from glm3kit.weights.tensors import DTYPES, Tensors, TensorSpec, map_file, raw_bytes
 
-CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-         "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL"}
+CODES = {name: name.upper().replace("FLOAT", "F").replace("UINT", "U").replace("INT", "I") for name in DTYPES}  # BF16
 NAMES = {code: name for name, code in CODES.items()}
 MAX_HEADER = 100_000_000  # bytes; the limit of the original reader
 

@@ -9,13 +9,14 @@ values. `torch_pickle` reads the pickles as data.
 """
 
 import mmap
+import re
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from glm3kit.errors import CheckpointError
-from glm3kit.weights.formats.torch_pickle import Refused, Storage, TensorRef, read_state_dict, read_value
+from glm3kit.weights.formats.torch_pickle import Refused, TensorRef, read_state_dict, read_value
 from glm3kit.weights.tensors import DTYPES, Tensors, map_file
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -32,8 +33,7 @@ def _place(data: mmap.mmap, member: zipfile.ZipInfo) -> tuple[int, int]:
     if member.flag_bits & 1:
         raise Refused(f"its member '{member.filename}' is encrypted")
     head = data[member.header_offset:member.header_offset + LOCAL_HEADER]
-    name_length, extra_length = int.from_bytes(head[26:28], "little"), int.from_bytes(head[28:30], "little")
-    first = member.header_offset + LOCAL_HEADER + name_length + extra_length
+    first = member.header_offset + LOCAL_HEADER + sum(int.from_bytes(head[at:at + 2], "little") for at in (26, 28))
     if head[:4] != b"PK\x03\x04" or first + member.file_size > len(data):
         raise Refused(f"its member '{member.filename}' of {member.file_size} bytes is not where the archive says")
     return first, member.file_size
@@ -46,27 +46,27 @@ def _open_zip(data: mmap.mmap) -> tuple[dict[str, TensorRef], Places]:
             members = {member.filename: member for member in archive.infolist()}
     except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError) as err:
         raise Refused(f"its zip archive is cut off or damaged ({err})") from err
-    folders = [name.removesuffix("data.pkl") for name in members
-               if name.endswith("/data.pkl") and name.count("/") == 1]
+    folders = [name.removesuffix("data.pkl") for name in members if re.fullmatch(r"[^/]+/data\.pkl", name)]
     if len(folders) != 1:
         raise Refused(f"a zip archive with {len(folders)} files NAME/data.pkl, expected one")
     (folder,) = folders
-    order = members.get(f"{folder}byteorder")
-    if order is not None:
-        first, size = _place(data, order)
-        if data[first:first + size] != b"little":
-            raise Refused(f"its byte order is {data[first:first + size]!r:.20}, read is b'little'")
-    first, size = _place(data, members[f"{folder}data.pkl"])
-    if size > MAX_PICKLE:
-        raise Refused(f"its data.pkl has {size} bytes, expected at most {MAX_PICKLE}")
-    refs = read_state_dict(data[first:first + size])
+
+    def content(name: str) -> bytes:
+        first, size = _place(data, members[folder + name])
+        if size > MAX_PICKLE:
+            raise Refused(f"its {name} has {size} bytes, expected at most {MAX_PICKLE}")
+        return data[first:first + size]
+
+    if f"{folder}byteorder" in members and (order := content("byteorder")) != b"little":
+        raise Refused(f"its byte order is {order!r:.20}, read is b'little'")
+    refs = read_state_dict(content("data.pkl"))
     places = {}
     for name, ref in refs.items():
-        key = ref.storage.key
-        if f"{folder}data/{key}" not in members:
-            raise Refused(f"tensor '{name}': its storage '{key}' is not in the archive")
+        member = members.get(f"{folder}data/{ref.storage.key}")
         try:
-            places[key] = _place(data, members[f"{folder}data/{key}"])
+            if member is None:
+                raise Refused(f"its storage '{ref.storage.key}' is not in the archive")
+            places[ref.storage.key] = _place(data, member)
         except Refused as err:
             raise Refused(f"tensor '{name}': {err}") from None
     return refs, places
@@ -84,42 +84,33 @@ def _open_legacy(data: mmap.mmap) -> tuple[dict[str, TensorRef], Places]:
         raise Refused("its byte order is not little-endian")
     refs = read_state_dict(data)
     keys = read_value(data)
-    used: dict[str, tuple[str, Storage]] = {}
-    for name, ref in refs.items():
-        first_name, storage = used.setdefault(ref.storage.key, (name, ref.storage))
-        if storage != ref.storage:
-            raise Refused(f"tensors '{first_name}' and '{name}' see one storage differently")
+    used = {ref.storage.key: (name, ref.storage) for name, ref in refs.items()}
     if type(keys) is not list or sorted(map(str, keys)) != sorted(used):
         raise Refused("its list of storages is not that of its tensors")
     places, position = {}, data.tell()
-    for key in keys:
+    for key in map(str, keys):
         name, storage = used[key]
-        size, nbytes = int.from_bytes(data[position:position + 8], "little"), _nbytes(storage)
+        size = int.from_bytes(data[position:position + 8], "little")
         if size != storage.size:
             raise Refused(f"tensor '{name}': its storage has {size} values, expected {storage.size}")
-        places[key] = position + 8, nbytes
-        position += 8 + nbytes
+        places[key] = position + 8, storage.nbytes
+        position += 8 + storage.nbytes
         if position > len(data):
             raise Refused(f"tensor '{name}': the file ends {position - len(data)} bytes before its storage does")
     return refs, places
 
 
-def _nbytes(storage: Storage) -> int:
-    return storage.size * DTYPES[storage.dtype].itemsize
-
-
 def _check_window(name: str, ref: TensorRef, nbytes: int) -> None:
     """Refuse a tensor that is not inside its storage, or that repeats values of it."""
-    if nbytes != _nbytes(ref.storage):
+    if nbytes != ref.storage.nbytes:
         raise Refused(f"tensor '{name}': its storage '{ref.storage.key}' of {ref.storage.size} {ref.storage.dtype} "
-                      f"needs {_nbytes(ref.storage)} bytes, it has {nbytes}")
+                      f"needs {ref.storage.nbytes} bytes, it has {nbytes}")
     span = sum((size - 1) * stride for size, stride in zip(ref.shape, ref.strides, strict=True))
+    window = f"tensor '{name}' of shape {list(ref.shape)} and strides {list(ref.strides)} from {ref.offset}"
     if 0 not in ref.shape and ref.offset + span >= ref.storage.size:
-        raise Refused(f"tensor '{name}' of shape {list(ref.shape)} and strides {list(ref.strides)} from {ref.offset} "
-                      f"points outside its storage of {ref.storage.size} values")
+        raise Refused(f"{window} points outside its storage of {ref.storage.size} values")
     if ref.spec.nbytes > nbytes:
-        raise Refused(f"tensor '{name}' of shape {list(ref.shape)} repeats the values of a storage of "
-                      f"{ref.storage.size}")
+        raise Refused(f"{window} repeats the values of a storage of {ref.storage.size}")
 
 
 def read_torch(path: str | Path) -> Tensors:

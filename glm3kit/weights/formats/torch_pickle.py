@@ -10,6 +10,7 @@ and `STORAGES` are understood. `pickletools.genops` of the standard library spli
 import pickletools
 import reprlib
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
 
 from glm3kit.weights.tensors import TensorSpec
@@ -22,9 +23,12 @@ REBUILD = "torch._utils _rebuild_tensor_v2"
 PARAMETER = "torch._utils _rebuild_parameter"
 CONSTRUCTORS = (ORDERED_DICT, REBUILD, PARAMETER)
 MAX_INSTRUCTIONS = 1_000_000  # a state_dict of ChatGLM3-6B has 7,000
-PUSHED = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
+CONSTANTS = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+             "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+# How many values an instruction takes off the stack; None: all since the mark.
+TAKEN = {"TUPLE": None, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "SETITEM": 2, "SETITEMS": None, "APPEND": 1,
+         "APPENDS": None, "BINPERSID": 1, "REDUCE": 2, "BUILD": 1}
 
 
 class Refused(ValueError):
@@ -44,6 +48,10 @@ class Storage(NamedTuple):
     dtype: str
     size: int  # values
 
+    @property
+    def nbytes(self) -> int:
+        return TensorSpec(self.dtype, (self.size,)).nbytes
+
 
 class TensorRef(NamedTuple):
     """A tensor as the pickle tells it: a window of a storage; offset and strides count values."""
@@ -58,19 +66,15 @@ class TensorRef(NamedTuple):
         return TensorSpec(self.storage.dtype, self.shape)
 
 
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 1 << 62
-
-
-def _are_counts(values: object) -> bool:
-    return type(values) is tuple and all(map(_is_count, values))
+def _are_counts(*values: object) -> bool:
+    return all(type(value) is int and 0 <= value < 1 << 62 for value in values)
 
 
 def _storage(identity: object) -> Storage:
     """Read a persistent id: ("storage", type, key, device, number of values); the legacy form adds a view of None."""
     match identity:
         case ("storage", Global(name), str(key), str(), size, *view) if (
-                name in STORAGES and _is_count(size) and view in ([], [None])):
+                name in STORAGES and _are_counts(size) and view in ([], [None])):
             return Storage(key, STORAGES[name], size)
     raise Refused(f"a reference {reprlib.repr(identity)}, expected a storage with type, key, device and size")
 
@@ -82,74 +86,52 @@ def _call(function: object, arguments: object) -> object:
             return {}
         case Global(name), (TensorRef() as tensor, bool(), dict()) if name == PARAMETER:
             return tensor
-        case Global(name), (Storage() as storage, offset, shape, strides, bool(), dict(), *more) if (
-                name == REBUILD and more in ([], [{}], [None])):
-            if _is_count(offset) and _are_counts(shape) and _are_counts(strides) and len(shape) == len(strides):
-                return TensorRef(storage, offset, shape, strides)
+        case Global(name), (Storage() as storage, offset, tuple(shape), tuple(strides), bool(), dict(), *more) if (
+                name == REBUILD and more in ([], [{}], [None]) and len(shape) == len(strides)
+                and _are_counts(offset, *shape, *strides)):
+            return TensorRef(storage, offset, shape, strides)
     raise Refused(f"a call of {reprlib.repr(function)} with {reprlib.repr(arguments)}")
 
 
-def _append_pairs(target: object, items: list) -> None:
-    if type(target) is not dict or len(items) % 2:
+def _apply(code: str, taken: list, stack: list) -> None:
+    """Carry out an instruction with the values that it has taken off the stack."""
+    if code.startswith("TUPLE"):
+        stack.append(tuple(taken))
+    elif code == "BINPERSID":
+        stack.append(_storage(*taken))
+    elif code == "REDUCE":
+        stack.append(_call(*taken))
+    elif code.startswith("APPEND"):
+        if type(stack[-1]) is not list:
+            raise Refused("items for something that is no list")
+        stack[-1].extend(taken)
+    elif type(stack[-1]) is not dict:
         raise Refused("keys and values for something that is no dict")
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        if type(key) is not str:
-            raise Refused(f"the key {reprlib.repr(key)}, expected a name")
-        target[key] = value
-
-
-def _append_items(target: object, items: list) -> None:
-    if type(target) is not list:
-        raise Refused("items for something that is no list")
-    target.extend(items)
+    elif code != "BUILD":  # whose values are the versions that a state_dict carries as an attribute: not needed
+        for key, value in zip(taken[::2], taken[1::2], strict=True):
+            if type(key) is not str:
+                raise Refused(f"the key {reprlib.repr(key)}, expected a name")
+            stack[-1][key] = value
 
 
 def _run(instructions: Iterable[tuple[str, Any]], frames: list[list], memo: dict[int, Any]) -> Any:
     """Run the instructions on a stack of frames; a mark opens a frame. Returns what stands at the end."""
-    for number, (code, argument) in enumerate(instructions):
-        if number > MAX_INSTRUCTIONS:
-            raise Refused(f"more than {MAX_INSTRUCTIONS} instructions")
+    for code, argument in islice(instructions, MAX_INSTRUCTIONS):
         stack = frames[-1]
         if code in LITERALS:
             stack.append(argument)
-        elif code in PUSHED:
-            stack.append(PUSHED[code])
+        elif code in CONSTANTS:
+            stack.append(CONSTANTS[code]())
+        elif code in TAKEN:
+            count = TAKEN[code]
+            taken = frames.pop() if count is None else [stack.pop() for _ in range(count)][::-1]
+            _apply(code, taken, frames[-1])
         elif code == "GLOBAL":
             if argument not in STORAGES and argument not in CONSTRUCTORS:
                 raise Refused(f"the global '{argument.replace(' ', '.')}', which is none of a tensor")
             stack.append(Global(argument))
-        elif code in EMPTY:
-            stack.append(EMPTY[code]())
         elif code == "MARK":
             frames.append([])
-        elif code == "TUPLE":
-            items = frames.pop()
-            frames[-1].append(tuple(items))
-        elif code == "SETITEMS":
-            items = frames.pop()
-            _append_pairs(frames[-1][-1], items)
-        elif code == "APPENDS":
-            items = frames.pop()
-            _append_items(frames[-1][-1], items)
-        elif code in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            count = int(code[-1])
-            if len(stack) < count:
-                raise IndexError
-            stack[-count:] = [tuple(stack[-count:])]
-        elif code == "SETITEM":
-            value, key = stack.pop(), stack.pop()
-            _append_pairs(stack[-1], [key, value])
-        elif code == "APPEND":
-            item = stack.pop()
-            _append_items(stack[-1], [item])
-        elif code == "BINPERSID":
-            stack.append(_storage(stack.pop()))
-        elif code == "REDUCE":
-            arguments, function = stack.pop(), stack.pop()
-            stack.append(_call(function, arguments))
-        elif code == "BUILD":  # the versions that a state_dict carries as an attribute: not needed
-            if type(stack.pop()) is not dict or type(stack[-1]) is not dict:
-                raise Refused("a state for something that is no dict")
         elif code in ("BINPUT", "LONG_BINPUT"):
             memo[argument] = stack[-1]
         elif code in ("BINGET", "LONG_BINGET"):
@@ -159,14 +141,13 @@ def _run(instructions: Iterable[tuple[str, Any]], frames: list[list], memo: dict
             return result
         elif code != "PROTO":
             raise Refused(f"the instruction {code}, which no file of tensors has")
-    raise Refused("no end")
+    raise Refused(f"no end within {MAX_INSTRUCTIONS} instructions")
 
 
 def _entry(frames: list[list]) -> object:
     """The key of the outermost dict whose value was being made; None where there is none."""
-    if frames and len(frames[0]) > 1:
-        return frames[0][1]  # a dict of one entry: it needs no mark
-    entries = frames[1] if len(frames) > 1 else []
+    # A dict of one entry needs no mark, the entries of others are since the first one.
+    entries = frames[0][1:2] or [entry for frame in frames[1:2] for entry in frame]
     return entries[(len(entries) - 1) // 2 * 2] if entries else None
 
 
