@@ -1,6 +1,6 @@
 """A training step as compiled graphs: gradients of a micro-batch in shards, what all ranks agree on, the update.
 
-    Step(Gradients(net, topology), Totals(net, topology), AdamW(net, config, topology), max_norm=1.0)
+    Step(Gradients(net, topology), Totals(net, topology), AdamW(net, config, topology))
 """
 
 from math import gcd
@@ -13,7 +13,7 @@ from glm3kit.data.token_file import IGNORE_INDEX
 from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.parallel import ReduceScatter, SumOfCopies, Topology, world_sum
 from glm3kit.train.lora import dropout_key
-from glm3kit.train.optimizer import AdamW, clip_factor
+from glm3kit.train.optimizer import AdamW
 from glm3kit.weights.slices import copies_of, slicing
 
 
@@ -100,29 +100,18 @@ class Totals(nn.Cell):
         return ops.stack((totals[0] / count, ops.sqrt(totals[2]) / (count * scale), count))
 
 
-def told_last(totals: Tensor, updated: Tensor) -> Tensor:
-    """The totals, by an operator that runs after the update.
-
-    A result that is ready before its graph is done keeps `asnumpy` spinning: on two cores that costs the update's
-    operators half their speed.
-    """
-    return ops.concat((ops.depend(totals[:1], updated), totals[1:]))
-
-
 class Step(nn.Cell):
     """A whole step of one micro-batch as one graph: gradients, totals, update -> [mean loss, gradient norm, count]."""
 
-    def __init__(self, gradients: Gradients, totals: Totals, optimizer: AdamW, max_norm: float | None):
+    def __init__(self, gradients: Gradients, totals: Totals, optimizer: AdamW):
         super().__init__(auto_prefix=False)
-        self.gradients, self.totals, self.optimizer, self.max_norm = gradients, totals, optimizer, max_norm
+        self.gradients, self.totals, self.optimizer = gradients, totals, optimizer
 
     @ms.jit
     def construct(self, input_ids: Tensor, labels: Tensor, scale: Tensor, rate: Tensor, eps: Tensor,
                   decay: Tensor, segment_ids: Tensor | None = None) -> Tensor:
         shards, sums = self.gradients(input_ids, labels, scale, segment_ids)
-        totals = self.totals(shards, sums, scale)
-        factor = clip_factor(totals[1], totals[2], scale, self.max_norm)
-        return told_last(totals, self.optimizer(shards, factor, rate, eps, decay))
+        return self.optimizer(shards, self.totals(shards, sums, scale), scale, rate, eps, decay)
 
 
 class Accumulate(nn.Cell):
@@ -130,7 +119,7 @@ class Accumulate(nn.Cell):
 
     def __init__(self, gradients: Gradients, totals: Totals, optimizer: AdamW):
         super().__init__(auto_prefix=False)
-        self.gradients, self.totals = gradients, totals
+        self.gradients, self.totals, self.optimizer = gradients, totals, optimizer
         self.accumulated = ParameterTuple([Parameter(Tensor(np.zeros(m.shape, np.float32)), f"accumulated.{m.name}")
                                            for m in optimizer.masters])
         self.sums = Parameter(Tensor(np.zeros(2, np.float32)), "accumulated.sums")
@@ -149,15 +138,7 @@ class Accumulate(nn.Cell):
         sums = self.assign(self.sums, ops.select(keep > 0, self.sums, ops.zeros_like(sums)) + sums)
         return self.totals(added, sums, scale)
 
-
-class Update(nn.Cell):
-    """Update from the accumulated shards."""
-
-    def __init__(self, accumulate: Accumulate, optimizer: AdamW, max_norm: float | None):
-        super().__init__(auto_prefix=False)
-        self.accumulated, self.optimizer, self.max_norm = accumulate.accumulated, optimizer, max_norm
-
     @ms.jit
-    def construct(self, totals: Tensor, scale: Tensor, rate: Tensor, eps: Tensor, decay: Tensor) -> Tensor:
-        factor = clip_factor(totals[1], totals[2], scale, self.max_norm)
-        return told_last(totals, self.optimizer(self.accumulated, factor, rate, eps, decay))
+    def update(self, totals: Tensor, scale: Tensor, rate: Tensor, eps: Tensor, decay: Tensor) -> Tensor:
+        """Update from what has been accumulated."""
+        return self.optimizer(self.accumulated, totals, scale, rate, eps, decay)

@@ -22,7 +22,7 @@ from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.parallel import ALONE, Topology
 from glm3kit.train.lora import add_adapters
 from glm3kit.train.optimizer import AdamW, LossScale, bias_corrected, learning_rate
-from glm3kit.train.step import Accumulate, Gradients, Step, Totals, Update
+from glm3kit.train.step import Accumulate, Gradients, Step, Totals
 
 Batch = tuple[np.ndarray, ...]  # input_ids, labels and, of packed rows, segment_ids, (B, T) int32 each
 
@@ -47,10 +47,9 @@ class Trainer:
         # One graph where nothing can keep the update from happening; else the host decides between two.
         self.fused = config.gradient_accumulation_steps == 1 and config.loss_scale is None
         if self.fused:
-            self.whole_step = Step(gradients, totals, self.optimizer, config.max_grad_norm)
+            self.whole_step = Step(gradients, totals, self.optimizer)
         else:
             self.accumulate = Accumulate(gradients, totals, self.optimizer)
-            self.update = Update(self.accumulate, self.optimizer, config.max_grad_norm)
 
     def state(self) -> dict:
         """Where training stands, besides weights and optimizer state."""
@@ -66,11 +65,6 @@ class Trainer:
         self.step = state["step"]
         self.scale.value, self.scale.good_steps = state["loss_scale"], state["good_steps"]
 
-    def draw_masks(self, micro_step: int) -> None:
-        """Have adapters drop what belongs to this micro-step of this step, also after a resume."""
-        if self.dropout_key is not None:
-            set_key(self.dropout_key, self.config.seed, self.step, micro_step)
-
     def advance(self, batches: list[Batch]) -> dict:
         """One step over gradient_accumulation_steps micro-batches -> its record.
 
@@ -80,17 +74,15 @@ class Trainer:
         rate = learning_rate(self.step, self.total_steps, self.config)
         scalars = [Tensor(x, ms.float32) for x in bias_corrected(self.step + 1, rate, self.config)]
         scale = Tensor(self.scale.value * self.share, ms.float32)
-        if self.fused:
-            self.draw_masks(0)
-            input_ids, labels, *segment_ids = map(Tensor, batches[0])
-            totals = self.whole_step(input_ids, labels, scale, *scalars, *segment_ids).asnumpy()
-        else:
-            for i, batch in enumerate(batches):
-                self.draw_masks(i)
-                input_ids, labels, *segment_ids = map(Tensor, batch)
-                sums = self.accumulate(input_ids, labels, scale, Tensor(min(i, 1), ms.int32), *segment_ids)
-            totals = sums.asnumpy()
-        loss, norm, count = (float(x) for x in totals)
+        for i, batch in enumerate(batches):
+            if self.dropout_key is not None:  # adapters drop what belongs to this micro-step, also after a resume
+                set_key(self.dropout_key, self.config.seed, self.step, i)
+            input_ids, labels, *segment_ids = map(Tensor, batch)
+            if self.fused:
+                totals = self.whole_step(input_ids, labels, scale, *scalars, *segment_ids)
+            else:
+                totals = self.accumulate(input_ids, labels, scale, Tensor(min(i, 1), ms.int32), *segment_ids)
+        loss, norm, count = (float(x) for x in totals.asnumpy())
         overflow = not math.isfinite(norm)
         if overflow and not self.scale.can_fall:
             raise JobError(f"step {self.step + 1}: loss {loss}, gradient norm {norm}, loss scale {self.scale.value:g}; "
@@ -98,7 +90,7 @@ class Trainer:
                            "MS_ASCEND_CHECK_OVERFLOW_MODE=INFNAN_MODE and start again; else try a lower learning_rate, "
                            "loss_scale: dynamic for float16, or bfloat16")
         if not self.fused and not overflow:
-            self.update(sums, scale, *scalars).asnumpy()
+            self.accumulate.update(totals, scale, *scalars).asnumpy()
         record = {"step": self.step + 1, "loss": loss, "learning_rate": rate, "grad_norm": norm, "overflow": overflow,
                   "loss_scale": self.scale.value, "tokens": int(sum(batch[0].size for batch in batches)),
                   "loss_tokens": int(count), "compute_time_ms": (time.perf_counter() - started) * 1000}
