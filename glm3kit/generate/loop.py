@@ -25,11 +25,9 @@ def prompt_rows(input_ids: Any, vocab_size: int) -> list[np.ndarray]:
     """
     if isinstance(input_ids, Tensor):
         input_ids = input_ids.asnumpy()
-    if isinstance(input_ids, np.ndarray) and input_ids.ndim > 0:
-        input_ids = list(input_ids)
-    if not isinstance(input_ids, (list, tuple)):
+    if not isinstance(input_ids, (list, tuple)) and np.ndim(input_ids) == 0:
         raise PromptError(f"input_ids is {input_ids!r}, expected a list of ids, or a list of such lists")
-    if not input_ids:
+    if len(input_ids) == 0:
         raise PromptError("input_ids is empty; give at least one id, such as what ChatGLM3Tokenizer.encode returns")
     several = isinstance(input_ids[0], (list, tuple, np.ndarray, Tensor))
     rows = []

@@ -119,11 +119,10 @@ def _read_json_lines(path: Path, text: str) -> list[dict[str, Any]]:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Read what a run measured: a job folder, a metrics.jsonl, or a log of MindFormers; each also as .gz.
 
-    Returns a dict a step: step (from the start of training, over all epochs), loss, and learning_rate, step_time_ms,
-    overflow, loss_scale, grad_norm, epoch where present. A metrics.jsonl also has tokens_per_second, and the records of
-    evaluations (step, eval_loss); its steps are in order, the last record of a repeated step counts, and a last line
-    that is still being written is left out. A log gives a record for every line of a step, as they stand. MindFormers
-    0.6 prints the time between two lines, which is that of several steps.
+    Returns a dict a step or evaluation, as above; of a metrics.jsonl in order, with the last record of a repeated step
+    and without a last line that is still being written. A log gives a record for every line of a step, as they stand:
+    step (from the start of training, over all epochs), loss, and learning_rate, step_time_ms, overflow, loss_scale,
+    grad_norm, epoch where present. MindFormers 0.6 prints the time between two lines, which is that of several steps.
     Raises DataError for a file that is missing or damaged, a line that is no record (with its number), a log without
     steps.
     Example: read_metrics("worker_0.log")[0] -> {"step": 2, "loss": 2.248, "epoch": 1, "learning_rate": 1.25e-07, ...}

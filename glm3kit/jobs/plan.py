@@ -10,6 +10,7 @@ import ipaddress
 import os
 import socket
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import psutil
@@ -64,40 +65,30 @@ def refuse_busy_port(address: str, port: int) -> None:
         try:
             probe.bind((address, port))
         except OSError as err:
-            raise JobError(f"port {port} of {address} cannot be used ({err.strerror}){_listener(port)}; end what uses "
+            users = ""
+            with suppress(psutil.Error):  # another user's, or gone meanwhile
+                pids = {c.pid for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port and c.pid}
+                named = [f"{psutil.Process(pid).name()} (process {pid})" for pid in sorted(pids)]
+                users = f": {', '.join(named)} has it" if named else ""
+            raise JobError(f"port {port} of {address} cannot be used ({err.strerror}){users}; end what uses "
                            "it, or give another with --port, the same on every machine") from err
 
 
-def _listener(port: int) -> str:
+def address_of(master: str, own: bool = False) -> str:
+    """The address of the master, which may be given by name: MindSpore takes no name.
+
+    own: instead this machine's own, from which it reaches the master; nothing is sent.
+    """
     try:
-        pids = {c.pid for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port and c.pid}
-        named = [f"{psutil.Process(pid).name()} (process {pid})" for pid in sorted(pids)]
-    except psutil.Error:  # another user's, or gone meanwhile
-        return ""
-    return f": {', '.join(named)} has it" if named else ""
-
-
-def _unreachable(master: str, err: OSError) -> JobError:
-    return JobError(f"the master {master} cannot be reached from here ({err}); correct its address or name, or give "
-                    "one that every machine reaches with --master")
-
-
-def address_of(master: str) -> str:
-    """The address of the master, which may be given by name: MindSpore takes no name."""
-    try:
-        return socket.getaddrinfo(master, None)[0][4][0]
+        family, *_, place = socket.getaddrinfo(master, 1, type=socket.SOCK_DGRAM)[0]
+        if not own:
+            return place[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(place)
+            return probe.getsockname()[0]
     except OSError as err:
-        raise _unreachable(master, err) from err
-
-
-def _route_address(address: str) -> str:
-    """The address that this machine reaches another from; nothing is sent."""
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((address, 1))
-        except OSError as err:
-            raise _unreachable(address, err) from err
-        return probe.getsockname()[0]
+        raise JobError(f"the master {master} cannot be reached from here ({err}); correct its address or name, or give "
+                       "one that every machine reaches with --master") from err
 
 
 def servers_in_order(table: RankTable) -> list[Server]:
@@ -150,21 +141,6 @@ def find_master(servers: list[Server], environ: Mapping[str, str], source: str) 
                    "every machine reaches with --master")
 
 
-def _place(servers: list[Server], source: str, environ: Mapping[str, str], addresses: Collection[str],
-           node_rank: int | None, master: str | None) -> tuple[int, str, str, list[str]]:
-    """This machine's place among several: node rank, master's and own address, and from what they are known."""
-    why = "--node-rank"
-    if node_rank is None:
-        node_rank, why = _find_node(servers, environ, addresses, source)
-    host, whence = (master, "--master") if master else find_master(servers, environ, source)
-    server, address = servers[node_rank], address_of(host)
-    listed = sorted({server.server_id, server.host_ip} & set(addresses))
-    own = listed[0] if listed else environ.get("MA_CURRENT_IP") or _route_address(address)
-    return node_rank, address, own, [
-        f"this machine: {server.server_id}, node {node_rank} of {len(servers)} (from {why}), reached at {own}",
-        f"master: {host} (from {whence})"]
-
-
 def plan_run(table: RankTable, environ: Mapping[str, str] = os.environ, addresses: Collection[str] | None = None,
              node_rank: int | None = None, master: str | None = None, port: int | None = None) -> Plan:
     """Decide what this machine starts of a run on the devices of `table`.
@@ -183,9 +159,18 @@ def plan_run(table: RankTable, environ: Mapping[str, str] = os.environ, addresse
         node_rank, host, own, reasons, schedules = 0, "127.0.0.1", None, [], True
         port = port or free_port()
     else:
-        node_rank, host, own, reasons = _place(servers, table.source, environ, addresses, node_rank, master)
+        why, whence = "--node-rank", "--master"
+        if node_rank is None:
+            node_rank, why = _find_node(servers, environ, addresses, table.source)
+        if not master:
+            master, whence = find_master(servers, environ, table.source)
+        server, host = servers[node_rank], address_of(master)
+        listed = sorted({server.server_id, server.host_ip} & set(addresses))
+        own = listed[0] if listed else environ.get("MA_CURRENT_IP") or address_of(master, own=True)
         port, schedules = port or MASTER_PORT, host in addresses
-        reasons.append(f"scheduler: {'here' if schedules else f'on {host}, by the same command there'}, port {port}")
+        reasons = [f"this machine: {server.server_id}, node {node_rank} of {nodes} (from {why}), reached at {own}",
+                   f"master: {master} (from {whence})",
+                   f"scheduler: {'here' if schedules else f'on {host}, by the same command there'}, port {port}"]
     if schedules:
         refuse_busy_port(host, port)
     devices = sorted(servers[node_rank].devices, key=lambda device: int(device.rank_id))

@@ -59,10 +59,8 @@ def add_adapters(net: ChatGLM3, lora: LoraConfig, seed: int = 0) -> None:
         whole_in = cut.segments[0] if cut else in_size
         rng = np.random.default_rng([seed, index])
         a = rng.uniform(-1, 1, (lora.rank, whole_in)).astype(np.float32) / np.float32(sqrt(whole_in))
-        if cut:
-            a = cut.slice_of(a, topology.tensor_rank, topology.tensor_parallel)
         b = np.zeros((out_size, lora.rank), np.float32)
-        parameters = [Parameter(Tensor(a)), Parameter(Tensor(b)),
+        parameters = [Parameter(Tensor(topology.slice_of(a, cut))), Parameter(Tensor(b)),
                       Parameter(Tensor(np.float32(lora.alpha)), requires_grad=False)]
         dropout = Dropout(lora.dropout, key, index, topology, sliced=cut is not None) if lora.dropout else None
         linear.adapter = Adapter(*parameters, dropout, linear.dtype, linear.exchange)

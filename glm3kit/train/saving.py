@@ -192,9 +192,7 @@ def load_checkpoint(path: Path, net: ChatGLM3, trainer: Trainer, topology: Topol
                                   f"{list(expected)}; the checkpoint is of another model")
         values = tensors[name]
         if whole:
-            cut = slicing(name, net.cfg)
-            if cut and topology.tensor_parallel > 1:
-                values = cut.slice_of(values, topology.tensor_rank, topology.tensor_parallel)
+            values = topology.slice_of(values, slicing(name, net.cfg))
             if layout.flattened:
                 values = shard_of(values, topology.shard_rank, topology.shards)
         # In place: compiled graphs hold on to the memory they were compiled with.

@@ -1,6 +1,6 @@
 """A training step as compiled graphs: gradients of a micro-batch in shards, what all ranks agree on, the update.
 
-    Step(Gradients(net, topology), Totals(net, topology), AdamW(net, config, topology))
+    Step(net, AdamW(net, config, topology), topology, accumulates=False)
 """
 
 from math import gcd
@@ -101,11 +101,18 @@ class Totals(nn.Cell):
 
 
 class Step(nn.Cell):
-    """A whole step of one micro-batch as one graph: gradients, totals, update -> [mean loss, gradient norm, count]."""
+    """The graphs of a step: all of it for one micro-batch; or `accumulate` for each of several, then `update`.
 
-    def __init__(self, gradients: Gradients, totals: Totals, optimizer: AdamW):
+    Each gives [mean loss, gradient norm, count], `accumulate` those so far.
+    """
+
+    def __init__(self, net: ChatGLM3, optimizer: AdamW, topology: Topology, accumulates: bool):
         super().__init__(auto_prefix=False)
-        self.gradients, self.totals, self.optimizer = gradients, totals, optimizer
+        self.gradients, self.totals, self.optimizer = Gradients(net, topology), Totals(net, topology), optimizer
+        self.accumulated = ParameterTuple([Parameter(Tensor(np.zeros(m.shape, np.float32)), f"accumulated.{m.name}")
+                                           for m in (optimizer.masters if accumulates else ())])
+        self.sums = Parameter(Tensor(np.zeros(2, np.float32)), "accumulated.sums")
+        self.assign = ops.Assign()
 
     @ms.jit
     def construct(self, input_ids: Tensor, labels: Tensor, scale: Tensor, rate: Tensor, eps: Tensor,
@@ -113,22 +120,10 @@ class Step(nn.Cell):
         shards, sums = self.gradients(input_ids, labels, scale, segment_ids)
         return self.optimizer(shards, self.totals(shards, sums, scale), scale, rate, eps, decay)
 
-
-class Accumulate(nn.Cell):
-    """Add a micro-batch to the accumulated shards and sums -> totals so far, as `Totals` gives them."""
-
-    def __init__(self, gradients: Gradients, totals: Totals, optimizer: AdamW):
-        super().__init__(auto_prefix=False)
-        self.gradients, self.totals, self.optimizer = gradients, totals, optimizer
-        self.accumulated = ParameterTuple([Parameter(Tensor(np.zeros(m.shape, np.float32)), f"accumulated.{m.name}")
-                                           for m in optimizer.masters])
-        self.sums = Parameter(Tensor(np.zeros(2, np.float32)), "accumulated.sums")
-        self.assign = ops.Assign()
-
     @ms.jit
-    def construct(self, input_ids: Tensor, labels: Tensor, scale: Tensor, keep: Tensor,
-                  segment_ids: Tensor | None = None) -> Tensor:
-        """keep: 0 for the first micro-batch of a step, which replaces what the last step left; else 1."""
+    def accumulate(self, input_ids: Tensor, labels: Tensor, scale: Tensor, keep: Tensor,
+                   segment_ids: Tensor | None = None) -> Tensor:
+        """Add a micro-batch. keep: 0 for the first of a step, which replaces what the last step left; else 1."""
         shards, sums = self.gradients(input_ids, labels, scale, segment_ids)
         added = ()
         for i in range(len(shards)):

@@ -20,9 +20,9 @@ from glm3kit.errors import CheckpointError, DataError, JobError
 from glm3kit.model.adapter import set_key
 from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.parallel import ALONE, Topology
-from glm3kit.train.lora import add_adapters
+from glm3kit.train.lora import add_adapters, dropout_key
 from glm3kit.train.optimizer import AdamW, LossScale, bias_corrected, learning_rate
-from glm3kit.train.step import Accumulate, Gradients, Step, Totals
+from glm3kit.train.step import Step
 
 Batch = tuple[np.ndarray, ...]  # input_ids, labels and, of packed rows, segment_ids, (B, T) int32 each
 
@@ -41,15 +41,11 @@ class Trainer:
         self.scale = LossScale(config.loss_scale)
         # Losses are summed; about this share of the sum is the mean that a loss scale is meant for.
         self.share = 1 / (config.batch_size * net.cfg.seq_length)
-        gradients, totals = Gradients(net, topology), Totals(net, topology)
-        self.dropout_key = gradients.dropout_key
+        self.dropout_key = dropout_key(net)
         self.optimizer = AdamW(net, config, topology)
         # One graph where nothing can keep the update from happening; else the host decides between two.
         self.fused = config.gradient_accumulation_steps == 1 and config.loss_scale is None
-        if self.fused:
-            self.whole_step = Step(gradients, totals, self.optimizer)
-        else:
-            self.accumulate = Accumulate(gradients, totals, self.optimizer)
+        self.graphs = Step(net, self.optimizer, topology, accumulates=not self.fused)
 
     def state(self) -> dict:
         """Where training stands, besides weights and optimizer state."""
@@ -79,9 +75,9 @@ class Trainer:
                 set_key(self.dropout_key, self.config.seed, self.step, i)
             input_ids, labels, *segment_ids = map(Tensor, batch)
             if self.fused:
-                totals = self.whole_step(input_ids, labels, scale, *scalars, *segment_ids)
+                totals = self.graphs(input_ids, labels, scale, *scalars, *segment_ids)
             else:
-                totals = self.accumulate(input_ids, labels, scale, Tensor(min(i, 1), ms.int32), *segment_ids)
+                totals = self.graphs.accumulate(input_ids, labels, scale, Tensor(min(i, 1), ms.int32), *segment_ids)
         loss, norm, count = (float(x) for x in totals.asnumpy())
         overflow = not math.isfinite(norm)
         if overflow and not self.scale.can_fall:
@@ -90,7 +86,7 @@ class Trainer:
                            "MS_ASCEND_CHECK_OVERFLOW_MODE=INFNAN_MODE and start again; else try a lower learning_rate, "
                            "loss_scale: dynamic for float16, or bfloat16")
         if not self.fused and not overflow:
-            self.accumulate.update(totals, scale, *scalars).asnumpy()
+            self.graphs.update(totals, scale, *scalars).asnumpy()
         record = {"step": self.step + 1, "loss": loss, "learning_rate": rate, "grad_norm": norm, "overflow": overflow,
                   "loss_scale": self.scale.value, "tokens": int(sum(batch[0].size for batch in batches)),
                   "loss_tokens": int(count), "compute_time_ms": (time.perf_counter() - started) * 1000}
@@ -132,7 +128,6 @@ def fit(net: ChatGLM3, batches: Iterable[Batch], config: TrainConfig, *, topolog
     on_step: called with each record and the trainer.
     Returns dicts with step, loss, learning_rate, grad_norm, overflow, loss_scale, step_time_ms and more.
     Raises DataError if the batches end before total_steps, JobError if the loss is no finite number.
-    Example: fit(net, [(ids, labels)] * 20, TrainConfig(learning_rate=1e-3, total_steps=20))
     """
     total_steps = config.total_steps
     if total_steps is None:
