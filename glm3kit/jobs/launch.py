@@ -26,14 +26,7 @@ from glm3kit.jobs.environment import FOREIGN, process_variables, rank_environmen
 from glm3kit.jobs.job import LIVE, Job
 from glm3kit.jobs.plan import Plan, own_addresses, plan_run
 from glm3kit.jobs.process import JOB_VARIABLE, end_processes, job_processes, last_lines
-from glm3kit.setup.rank_table import (
-    RankTable,
-    ascend_cards,
-    find_rank_table,
-    local_rank_table,
-    read_rank_table,
-    wait_for_rank_table,
-)
+from glm3kit.setup.rank_table import RankTable, ascend_cards, find_rank_table, local_rank_table, wait_for_rank_table
 
 RESULTS = ("job.json", "metrics.jsonl", "checkpoint", "strategy")  # what a run leaves and another must not mix with
 OTHER = ("log", "config.yaml", "rank_table.json")
@@ -55,7 +48,7 @@ def choose_rank_table(config: RunConfig, given: RankTable | str | Path | None = 
     if isinstance(given, RankTable):
         table = given
     elif given is not None:
-        table = wait_for_rank_table(given, timeout_s) if timeout_s else read_rank_table(given)
+        table = wait_for_rank_table(given, timeout_s)
     else:
         cards = ascend_cards(root)
         if target != "CPU" and len(cards) < count and (cards or target == "Ascend"):

@@ -107,9 +107,9 @@ def servers_in_order(table: RankTable) -> list[Server]:
     return servers
 
 
-def _find_node(servers: list[Server], environ: Mapping[str, str], addresses: Collection[str],
-               source: str) -> tuple[int, str]:
+def _find_node(table: RankTable, environ: Mapping[str, str], addresses: Collection[str]) -> tuple[int, str]:
     """The place of this machine among the servers, and from what it is known."""
+    servers = servers_in_order(table)
     own = {address for address in addresses if not ipaddress.ip_address(address).is_loopback}
     own |= {environ["MA_CURRENT_IP"]} if "MA_CURRENT_IP" in environ else set()
     found = [n for n, server in enumerate(servers) if {server.server_id, server.host_ip} & own]
@@ -119,9 +119,9 @@ def _find_node(servers: list[Server], environ: Mapping[str, str], addresses: Col
     if index.isdecimal() and int(index) < len(servers) == len(hosts):
         return int(index), "VC_TASK_INDEX"
     names = ", ".join(server.host_ip or server.server_id for server in servers)
-    raise JobError(f"{source}: which of its servers ({names}) is this machine? {len(found)} of them have one of its "
-                   f"addresses ({', '.join(sorted(own)) or 'none'}), and VC_WORKER_HOSTS and VC_TASK_INDEX do not say "
-                   f"it for {len(servers)} servers; give --node-rank, from 0 in the order of the ranks")
+    raise JobError(f"{table.source}: which of its servers ({names}) is this machine? {len(found)} of them have one of "
+                   f"its addresses ({', '.join(sorted(own)) or 'none'}), and VC_WORKER_HOSTS and VC_TASK_INDEX do not "
+                   f"say it for {len(servers)} servers; give --node-rank, from 0 in the order of the ranks")
 
 
 def worker_hosts(environ: Mapping[str, str]) -> list[str]:
@@ -129,16 +129,16 @@ def worker_hosts(environ: Mapping[str, str]) -> list[str]:
     return [host.strip() for host in environ.get("VC_WORKER_HOSTS", "").split(",") if host.strip()]
 
 
-def find_master(servers: list[Server], environ: Mapping[str, str], source: str) -> tuple[str, str]:
+def find_master(table: RankTable, environ: Mapping[str, str]) -> tuple[str, str]:
     """An address or name of the machine where the scheduler runs, and from what it is known."""
-    hosts = worker_hosts(environ)
+    servers, hosts = servers_in_order(table), worker_hosts(environ)
     if len(hosts) == len(servers):
         return hosts[0], "VC_WORKER_HOSTS"
     for name in (servers[0].host_ip, servers[0].server_id):
         if name and is_address(name):
             return name, "the first server of the table"
-    raise JobError(f"{source}: the first server is called {servers[0].server_id}, which is no address; give one that "
-                   "every machine reaches with --master")
+    raise JobError(f"{table.source}: the first server is called {servers[0].server_id}, which is no address; give one "
+                   "that every machine reaches with --master")
 
 
 def plan_run(table: RankTable, environ: Mapping[str, str] = os.environ, addresses: Collection[str] | None = None,
@@ -161,9 +161,9 @@ def plan_run(table: RankTable, environ: Mapping[str, str] = os.environ, addresse
     else:
         why, whence = "--node-rank", "--master"
         if node_rank is None:
-            node_rank, why = _find_node(servers, environ, addresses, table.source)
+            node_rank, why = _find_node(table, environ, addresses)
         if not master:
-            master, whence = find_master(servers, environ, table.source)
+            master, whence = find_master(table, environ)
         server, host = servers[node_rank], address_of(master)
         listed = sorted({server.server_id, server.host_ip} & set(addresses))
         own = listed[0] if listed else environ.get("MA_CURRENT_IP") or address_of(master, own=True)

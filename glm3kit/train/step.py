@@ -18,33 +18,26 @@ from glm3kit.weights.slices import copies_of, slicing
 
 
 class SummedLoss(nn.Cell):
-    """input_ids, labels (B, T) -> summed loss; a cell of its own, since gradients are taken of cells."""
+    """input_ids, labels and, of packed rows, segment_ids (B, T) -> summed loss; gradients are taken of cells alone."""
 
     def __init__(self, net: ChatGLM3):
         super().__init__(auto_prefix=False)
         self.net = net
 
-    def construct(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        return self.net.loss_sum(input_ids, labels)
-
-
-class PackedLoss(SummedLoss):
-    """input_ids, labels, segment_ids (B, T) -> summed loss; gradients are not taken of cells with default arguments."""
-
-    def construct(self, input_ids: Tensor, labels: Tensor, segment_ids: Tensor) -> Tensor:
-        return self.net.loss_sum(input_ids, labels, segment_ids)
+    def construct(self, *batch: Tensor) -> Tensor:  # no default argument: gradients are not taken of such cells
+        return self.net.loss_sum(*batch)
 
 
 class Gradients(nn.Cell):
     """Forward and backward of one micro-batch, gradients in float32, cut into shards as soon as they are summed.
 
-    (input_ids, labels (B, T), scale, segment_ids (B, T) of packed rows) -> (this rank's gradient shards, [loss sum,
+    (scale, input_ids, labels (B, T), segment_ids (B, T) of packed rows) -> (this rank's gradient shards, [loss sum,
     labels that count])
     """
 
     def __init__(self, net: ChatGLM3, topology: Topology):
         super().__init__(auto_prefix=False)
-        self.loss, self.packed_loss = SummedLoss(net), PackedLoss(net)
+        self.loss = SummedLoss(net)
         self.parameters = ParameterTuple(net.trainable_params())
         self.dropout_key = dropout_key(net)  # a graph finds only parameters that a cell holds
         self.backward = ops.GradOperation(get_by_list=True, sens_param=True)
@@ -52,17 +45,13 @@ class Gradients(nn.Cell):
         self.copies = nn.CellList([SumOfCopies(topology, cut) if cut and copies_of(cut, topology.tensor_parallel)[1] > 1
                                    else nn.Identity() for cut in (slicing(p.name, net.cfg) for p in self.parameters)])
 
-    def construct(self, input_ids: Tensor, labels: Tensor, scale: Tensor, segment_ids: Tensor | None = None) -> tuple:
-        if segment_ids is None:
-            loss = self.loss(input_ids, labels)
-            gradients = self.backward(self.loss, self.parameters)(input_ids, labels, scale)
-        else:
-            loss = self.packed_loss(input_ids, labels, segment_ids)
-            gradients = self.backward(self.packed_loss, self.parameters)(input_ids, labels, segment_ids, scale)
+    def construct(self, scale: Tensor, *batch: Tensor) -> tuple:
+        loss = self.loss(*batch)
+        gradients = self.backward(self.loss, self.parameters)(*batch, scale)
         shards = ()
         for i in range(len(gradients)):
             shards += (self.reduce(self.copies[i](gradients[i].astype(ms.float32))),)
-        counted = (labels != IGNORE_INDEX).astype(ms.float32).sum()
+        counted = (batch[1] != IGNORE_INDEX).astype(ms.float32).sum()
         return shards, ops.stack((loss, counted))
 
 
@@ -115,16 +104,14 @@ class Step(nn.Cell):
         self.assign = ops.Assign()
 
     @ms.jit
-    def construct(self, input_ids: Tensor, labels: Tensor, scale: Tensor, rate: Tensor, eps: Tensor,
-                  decay: Tensor, segment_ids: Tensor | None = None) -> Tensor:
-        shards, sums = self.gradients(input_ids, labels, scale, segment_ids)
+    def construct(self, scale: Tensor, rate: Tensor, eps: Tensor, decay: Tensor, *batch: Tensor) -> Tensor:
+        shards, sums = self.gradients(scale, *batch)
         return self.optimizer(shards, self.totals(shards, sums, scale), scale, rate, eps, decay)
 
     @ms.jit
-    def accumulate(self, input_ids: Tensor, labels: Tensor, scale: Tensor, keep: Tensor,
-                   segment_ids: Tensor | None = None) -> Tensor:
+    def accumulate(self, scale: Tensor, keep: Tensor, *batch: Tensor) -> Tensor:
         """Add a micro-batch. keep: 0 for the first of a step, which replaces what the last step left; else 1."""
-        shards, sums = self.gradients(input_ids, labels, scale, segment_ids)
+        shards, sums = self.gradients(scale, *batch)
         added = ()
         for i in range(len(shards)):
             # A product with 0 would keep an overflow of the step before.

@@ -73,11 +73,10 @@ class Trainer:
         for i, batch in enumerate(batches):
             if self.dropout_key is not None:  # adapters drop what belongs to this micro-step, also after a resume
                 set_key(self.dropout_key, self.config.seed, self.step, i)
-            input_ids, labels, *segment_ids = map(Tensor, batch)
             if self.fused:
-                totals = self.graphs(input_ids, labels, scale, *scalars, *segment_ids)
+                totals = self.graphs(scale, *scalars, *map(Tensor, batch))
             else:
-                totals = self.graphs.accumulate(input_ids, labels, scale, Tensor(min(i, 1), ms.int32), *segment_ids)
+                totals = self.graphs.accumulate(scale, Tensor(min(i, 1), ms.int32), *map(Tensor, batch))
         loss, norm, count = (float(x) for x in totals.asnumpy())
         overflow = not math.isfinite(norm)
         if overflow and not self.scale.can_fall:
