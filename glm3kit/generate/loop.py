@@ -149,7 +149,6 @@ def generate(net: LanguageModel, input_ids: Any, **settings: Any) -> list[np.nda
     Each row is what it would be alone, and ends on its own. With num_beams the prompts are searched one after another.
     Raises PromptError for prompts that are empty, hold ids outside the vocabulary, or fill the window; ConfigError for
     settings out of range; Glm3KitError if the model gives no numbers.
-    Example: generate(net, [[64790, 64792, 30910], [64790, 64792]], max_new_tokens=20)
     """
     chosen = _settings(net, settings)
     prompts = prompt_rows(input_ids, net.cfg.padded_vocab_size)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -116,14 +116,6 @@ def plan_launch(config: RunConfig, rank_table: RankTable | str | Path | None = N
     return Launch(config, table, plan_run(table, **by_hand), resume)
 
 
-def _is_ending(folder: Path) -> bool:
-    """Whether the job in a folder has told how it ended: its supervisor is about to let the folder go."""
-    try:
-        return Job(folder).state()["state"] not in LIVE
-    except JobError:  # no job.json: another launch is about to start one
-        return False
-
-
 @contextmanager
 def _locked(folder: Path) -> Iterator[int]:
     """Take the folder for one job; the supervisor inherits the lock and the system frees it when that ends."""
@@ -139,10 +131,12 @@ def _locked(folder: Path) -> Iterator[int]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError as err:
-                if not _is_ending(folder) or time.monotonic() > deadline:
-                    raise JobError(f"{folder}: a job is running here; Job.attach() finds it, its stop() ends it, "
-                                   "or give the run another name") from err
-                time.sleep(0.05)
+                with suppress(JobError):  # no job.json: another launch is about to start one
+                    if Job(folder).state()["state"] not in LIVE and time.monotonic() < deadline:
+                        time.sleep(0.05)  # its supervisor is about to let the folder go
+                        continue
+                raise JobError(f"{folder}: a job is running here; Job.attach() finds it, its stop() ends it, "
+                               "or give the run another name") from err
             except OSError as err:
                 raise JobError(f"{folder}: no lock can be taken there ({err}); set output_dir to a local disk") from err
         yield lock.fileno()

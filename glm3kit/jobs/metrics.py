@@ -150,7 +150,6 @@ class MetricsWriter:
     """Append records to a metrics.jsonl, each visible to readers at once.
 
     A line that an earlier writer was killed in is cut away, so that a resumed job continues the file.
-    Example: MetricsWriter("output/tiny/metrics.jsonl").write({"step": 1, "loss": 7.62})
     """
 
     def __init__(self, path: str | Path):
@@ -162,8 +161,7 @@ class MetricsWriter:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record; numbers of NumPy are numbers, None is left out, what is not finite becomes null."""
-        plain = {key: value.item() if isinstance(value, np.generic | np.ndarray) else value
-                 for key, value in record.items() if value is not None}
+        plain = {key: np.asarray(value).tolist() for key, value in record.items() if value is not None}
         finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                   for key, value in plain.items()}
         self._file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")

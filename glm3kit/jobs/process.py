@@ -91,13 +91,11 @@ def end_processes(folder: Path, timeout_s: float = 10) -> list[int]:
 
 def last_lines(path: Path, count: int) -> str:
     """The last lines of a log; "" if there is no log."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - LINE_BYTES * count))
-            return "\n".join(file.read().decode("utf-8", errors="replace").splitlines()[-count:])
-    except FileNotFoundError:
+    if not path.exists():
         return ""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - LINE_BYTES * count))
+        return "\n".join(file.read().decode("utf-8", errors="replace").splitlines()[-count:])
 
 
 @contextmanager
@@ -136,10 +134,7 @@ def rank_process(folder: str | Path) -> Iterator[None]:
 
 
 class Heartbeat:
-    """The marks of one rank.
-
-    Example: heartbeat = Heartbeat("output/run", rank=0); heartbeat.mark()
-    """
+    """The marks of one rank of the job in `folder`."""
 
     def __init__(self, folder: str | Path, rank: int) -> None:
         self.path = Path(folder) / "log" / f"rank_{rank}.step"

@@ -29,7 +29,6 @@ POLL_S = 0.2
 GRACE_S = 3  # for a rank that failed to print its traceback, for a rank's own words where the scheduler failed
 TEARDOWN_S = 30  # for a rank that is done with its work to leave the cluster
 SIGN_OF_LIFE_S = 10  # between two touches of job.json, for readers on other machines
-LOG_LINES = 20
 
 
 def describe_exit(code: int) -> str:
@@ -124,7 +123,7 @@ class Supervisor:
 
     def _reason(self, name: str, what: str) -> str:
         who = f"rank {name[5:]} of {self.plan.ranks}" if name in self.names else name
-        lines = last_lines(self.folder / "log" / f"{name}.log", LOG_LINES).strip()
+        lines = last_lines(self.folder / "log" / f"{name}.log", 20).strip()
         advice = "".join(f"\n{line}" for line in diagnose(f"{what}\n{lines}"))
         return f"{who} {what}\nThe end of log/{name}.log:\n{lines or '(empty)'}{advice}"
 

@@ -35,7 +35,6 @@ def load_weights(net: ChatGLM3, path: str | Path, adapters: str | Path | None = 
     """Load weights into a model, cast to the types of its parameters; under tensor parallelism the rank's slices.
 
     Path, adapters and errors are those of `fitting_weights`; nothing is loaded where something does not fit.
-    Example: load_weights(net, "chatglm3-6b")
     """
     net.fill(fitting_weights(net.cfg, path, adapters))
 

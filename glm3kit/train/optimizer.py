@@ -37,11 +37,6 @@ class LossScale:
         self.value = 65536.0 if self.dynamic else float(setting or 1.0)
         self.good_steps = 0
 
-    @property
-    def can_fall(self) -> bool:
-        """Whether an overflow may be the scale's."""
-        return self.dynamic and self.value > 1
-
     def update(self, overflow: bool) -> None:
         if not self.dynamic:
             return

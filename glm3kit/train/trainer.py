@@ -79,7 +79,7 @@ class Trainer:
                 totals = self.graphs.accumulate(scale, Tensor(min(i, 1), ms.int32), *map(Tensor, batch))
         loss, norm, count = (float(x) for x in totals.asnumpy())
         overflow = not math.isfinite(norm)
-        if overflow and not self.scale.can_fall:
+        if overflow and not (self.scale.dynamic and self.scale.value > 1):  # no lower scale would help
             raise JobError(f"step {self.step + 1}: loss {loss}, gradient norm {norm}, loss scale {self.scale.value:g}; "
                            "expected finite numbers. On Ascend set the environment variable "
                            "MS_ASCEND_CHECK_OVERFLOW_MODE=INFNAN_MODE and start again; else try a lower learning_rate, "
@@ -97,10 +97,7 @@ class Trainer:
 
 def run_steps(trainer: Trainer, batches: Iterable[Batch],
               on_step: Callable[[dict, Trainer], None] | None = None) -> list[dict]:
-    """Advance a trainer to its last step; one record a step.
-
-    Raises DataError if the batches end before, JobError if the loss is no finite number.
-    """
+    """Advance a trainer to its last step; records and errors are those of `fit`."""
     history, source, size = [], iter(batches), trainer.config.gradient_accumulation_steps
     while trainer.step < trainer.total_steps:
         started = time.perf_counter()
