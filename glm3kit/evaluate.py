@@ -41,12 +41,9 @@ def attribute_coverage(rows: Iterable[Mapping[str, Any]], answers: Iterable[str]
 
     Example: rows [{"content": "类型#裙*颜色#红色"}] and answers ["红色的上衣"] -> (1, 2)
     """
-    found = total = 0
-    for row, answer in zip(rows, answers, strict=True):
-        values = attribute_values(row[column])
-        found += sum(value in answer for value in values)
-        total += len(values)
-    return found, total
+    found = [value in answer for row, answer in zip(rows, answers, strict=True)
+             for value in attribute_values(row[column])]
+    return sum(found), len(found)
 
 
 @cache

@@ -59,6 +59,12 @@ class Topology:
         """Which of the shards is this rank's."""
         return self.data_rank if self.shard_optimizer else 0
 
+    def slice_of(self, values: np.ndarray, cut: Slicing | None) -> np.ndarray:
+        """The slice of a whole parameter that this rank holds."""
+        if cut is None or self.tensor_parallel == 1:
+            return values
+        return cut.slice_of(values, self.tensor_rank, self.tensor_parallel)
+
 
 ALONE = Topology()
 
@@ -99,9 +105,7 @@ def start_processes(config: ParallelConfig) -> Topology:
 
 def any_rank(flag: bool, topology: Topology) -> bool:
     """Whether `flag` is set on any rank; every rank calls it, waits for the others and hears the same."""
-    if topology.ranks == 1:
-        return flag
-    return float(ops.AllReduce(group=topology.group)(Tensor(np.full(1, flag, np.float32))).asnumpy()[0]) > 0
+    return float(world_sum(topology)(Tensor(np.full(1, flag, np.float32))).asnumpy()[0]) > 0
 
 
 def barrier(topology: Topology) -> None:

@@ -183,8 +183,8 @@ def borrow_decoder(net: LanguageModel, batch_size: int, owner: object = None) ->
     idle, addresses = net.decoders.setdefault(batch_size, []), _weight_addresses(net)
     with _BORROWING:
         idle[:] = [decoder for decoder in idle if decoder.addresses == addresses]
-        place = next((i for i, decoder in enumerate(idle) if owner is not None and decoder.owner is owner), -1)
-        decoder = idle.pop(place) if idle else None
+        idle.sort(key=lambda decoder: decoder.owner is owner)  # the last one is taken
+        decoder = idle.pop() if idle else None
     if decoder is None:
         decoder = Decoder(net, batch_size)
     if owner is None or decoder.owner is not owner:

@@ -25,11 +25,9 @@ def prompt_rows(input_ids: Any, vocab_size: int) -> list[np.ndarray]:
     """
     if isinstance(input_ids, Tensor):
         input_ids = input_ids.asnumpy()
-    if isinstance(input_ids, np.ndarray) and input_ids.ndim > 0:
-        input_ids = list(input_ids)
-    if not isinstance(input_ids, (list, tuple)):
+    if not isinstance(input_ids, (list, tuple)) and np.ndim(input_ids) == 0:
         raise PromptError(f"input_ids is {input_ids!r}, expected a list of ids, or a list of such lists")
-    if not input_ids:
+    if len(input_ids) == 0:
         raise PromptError("input_ids is empty; give at least one id, such as what ChatGLM3Tokenizer.encode returns")
     several = isinstance(input_ids[0], (list, tuple, np.ndarray, Tensor))
     rows = []
@@ -151,7 +149,6 @@ def generate(net: LanguageModel, input_ids: Any, **settings: Any) -> list[np.nda
     Each row is what it would be alone, and ends on its own. With num_beams the prompts are searched one after another.
     Raises PromptError for prompts that are empty, hold ids outside the vocabulary, or fill the window; ConfigError for
     settings out of range; Glm3KitError if the model gives no numbers.
-    Example: generate(net, [[64790, 64792, 30910], [64790, 64792]], max_new_tokens=20)
     """
     chosen = _settings(net, settings)
     prompts = prompt_rows(input_ids, net.cfg.padded_vocab_size)

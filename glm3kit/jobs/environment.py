@@ -15,15 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from glm3kit.errors import JobError
-from glm3kit.jobs.plan import (
-    MASTER_PORT,
-    Plan,
-    address_of,
-    find_master,
-    refuse_busy_port,
-    servers_in_order,
-    worker_hosts,
-)
+from glm3kit.jobs.plan import MASTER_PORT, Plan, address_of, find_master, refuse_busy_port, worker_hosts
 from glm3kit.setup.rank_table import ascend_cards, find_rank_table, wait_for_rank_table
 
 # Set by whoever started us, a platform or another launcher: each process gets its own.
@@ -100,7 +92,7 @@ def joining_variables(environ: Mapping[str, str], root: str | Path = "/") -> dic
     if path and not hosts:
         table = wait_for_rank_table(path)
         if len(table.servers) > 1:
-            master, _ = find_master(servers_in_order(table), environ, table.source)
+            master, _ = find_master(table, environ)
     device = environ.get("DEVICE_ID") or environ.get("ASCEND_DEVICE_ID")
     return {"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": size, "MS_NODE_ID": rank, "MS_SCHED_HOST": master,
             "MS_SCHED_PORT": environ.get("MS_SCHED_PORT", str(MASTER_PORT))} | ({"DEVICE_ID": device} if device else {})

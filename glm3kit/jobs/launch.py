@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -25,14 +26,7 @@ from glm3kit.jobs.environment import FOREIGN, process_variables, rank_environmen
 from glm3kit.jobs.job import LIVE, Job
 from glm3kit.jobs.plan import Plan, own_addresses, plan_run
 from glm3kit.jobs.process import JOB_VARIABLE, end_processes, job_processes, last_lines
-from glm3kit.setup.rank_table import (
-    RankTable,
-    ascend_cards,
-    find_rank_table,
-    local_rank_table,
-    read_rank_table,
-    wait_for_rank_table,
-)
+from glm3kit.setup.rank_table import RankTable, ascend_cards, find_rank_table, local_rank_table, wait_for_rank_table
 
 RESULTS = ("job.json", "metrics.jsonl", "checkpoint", "strategy")  # what a run leaves and another must not mix with
 OTHER = ("log", "config.yaml", "rank_table.json")
@@ -54,7 +48,7 @@ def choose_rank_table(config: RunConfig, given: RankTable | str | Path | None = 
     if isinstance(given, RankTable):
         table = given
     elif given is not None:
-        table = wait_for_rank_table(given, timeout_s) if timeout_s else read_rank_table(given)
+        table = wait_for_rank_table(given, timeout_s)
     else:
         cards = ascend_cards(root)
         if target != "CPU" and len(cards) < count and (cards or target == "Ascend"):
@@ -92,22 +86,18 @@ class Launch:
         """What Python runs as a rank."""
         return ["-m", "glm3kit", "train", str(self.folder / "config.yaml"), *(["--resume"] if self.resume else [])]
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """What all ranks have in their environment; `process_variables` is what each has for itself."""
-        return rank_environment(self.plan, self.config.parallel.device_target)
-
     def report(self) -> str:
         """What was decided, and from what."""
         return "\n".join([f"job: {self.folder}", *self.plan.reasons])
 
     def shell(self) -> str:
         """What is started, as a shell would: the changes to the environment, then a line a process."""
-        environment = self.environment | {JOB_VARIABLE: str(self.folder)}
-        ours = [JOB_VARIABLE, *rank_environment(self.plan, self.config.parallel.device_target, {})]
+        plan, target = self.plan, self.config.parallel.device_target
+        environment = rank_environment(plan, target) | {JOB_VARIABLE: str(self.folder)}
+        ours = [JOB_VARIABLE, *rank_environment(plan, target, {})]
         command = shlex.join([sys.executable, *self.rank_command])
         processes = [f"{' '.join(f'{key}={value}' for key, value in variables.items())} {command} > {name}.log 2>&1 &"
-                     for name, variables in process_variables(self.plan).items()]
+                     for name, variables in process_variables(plan).items()]
         return "\n".join([*(f"unset {key}" for key in FOREIGN if key in os.environ),
                           *(f"export {key}={shlex.quote(environment[key])}" for key in sorted(ours)),
                           f"cd {shlex.quote(str(self.folder / 'log'))}", *processes, "wait"])
@@ -126,79 +116,59 @@ def plan_launch(config: RunConfig, rank_table: RankTable | str | Path | None = N
     return Launch(config, table, plan_run(table, **by_hand), resume)
 
 
-def _is_ending(folder: Path) -> bool:
-    """Whether the job in a folder has told how it ended: its supervisor is about to let the folder go."""
-    try:
-        return Job(folder).state()["state"] not in LIVE
-    except JobError:  # no job.json: another launch is about to start one
-        return False
-
-
-def _lock(folder: Path) -> int:
+@contextmanager
+def _locked(folder: Path) -> Iterator[int]:
     """Take the folder for one job; the supervisor inherits the lock and the system frees it when that ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / "job.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = (folder / "job.lock").open("a")
     except OSError as err:
         raise JobError(f"{folder}: cannot be written ({err}); set output_dir to a folder of yours") from err
     deadline = time.monotonic() + LOCK_S
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError as err:
-            if _is_ending(folder) and time.monotonic() < deadline:
-                time.sleep(0.05)
-                continue
-            os.close(lock)
-            raise JobError(f"{folder}: a job is running here; Job.attach() finds it, its stop() ends it, "
-                           "or give the run another name") from err
-        except OSError as err:
-            os.close(lock)
-            raise JobError(f"{folder}: no lock can be taken there ({err}); set output_dir to a local disk") from err
+    with lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as err:
+                with suppress(JobError):  # no job.json: another launch is about to start one
+                    if Job(folder).state()["state"] not in LIVE and time.monotonic() < deadline:
+                        time.sleep(0.05)  # its supervisor is about to let the folder go
+                        continue
+                raise JobError(f"{folder}: a job is running here; Job.attach() finds it, its stop() ends it, "
+                               "or give the run another name") from err
+            except OSError as err:
+                raise JobError(f"{folder}: no lock can be taken there ({err}); set output_dir to a local disk") from err
+        yield lock.fileno()
 
 
-def _refuse_left_over(folder: Path) -> None:
-    if left := [process.pid for process in job_processes(folder)]:
+def _clear(start: Launch, overwrite: bool) -> None:
+    """Remove an earlier run, if asked to; to go on from it, only what tells how it ended. Refuse one that is in use."""
+    folder, log = start.folder, start.folder / "log"
+    if overwrite and not start.resume:
+        end_processes(folder)
+    elif left := [process.pid for process in job_processes(folder)]:
         raise JobError(f"{folder}: processes {left} of an earlier job still run; "
                        "Job.attach(folder).stop() ends them")
-
-
-def _clear(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds a run, or remove that run."""
-    if overwrite:
-        end_processes(folder)
-    else:
-        _refuse_left_over(folder)
-        if found := [name for name in RESULTS if (folder / name).exists()]:
-            raise JobError(f"{folder}: holds an earlier run ({', '.join(found)}); give this one another name, or "
-                           "overwrite=True to remove its log, metrics and checkpoints")
-    for name in (*RESULTS, *OTHER):
-        path = folder / name
+    old = [folder / name for name in (*RESULTS, *OTHER)]
+    if start.resume:
+        newest_checkpoint(start.config.job_dir)  # raises where there is none to go on from
+        old = [folder / "job.json", *log.glob("*.json"), *log.glob("*.step")]
+    elif not overwrite and (found := [name for name in RESULTS if (folder / name).exists()]):
+        raise JobError(f"{folder}: holds an earlier run ({', '.join(found)}); give this one another name, or "
+                       "overwrite=True to remove its log, metrics and checkpoints")
+    for path in old:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
 
 
-def _continue(folder: Path, job_dir: Path) -> None:
-    """Refuse a run without a checkpoint to go on from, or one that is still in use; keep what it holds."""
-    _refuse_left_over(folder)
-    newest_checkpoint(job_dir)
-    (folder / "job.json").unlink(missing_ok=True)
-    for record in [*(folder / "log").glob("*.json"), *(folder / "log").glob("*.step")]:  # how the ranks ended last time
-        record.unlink()
-
-
 def start_job(start: Launch, overwrite: bool = False, command: Sequence[str] | None = None) -> Job:
     """Fill the folder and start the supervisor. command: what Python runs as a rank, by default `train`."""
     job = Job(start.folder)
-    lock = _lock(job.folder)
-    try:
-        if start.resume:
-            _continue(job.folder, start.config.job_dir)
-        else:
-            _clear(job.folder, overwrite)
+    with _locked(job.folder) as lock:  # the supervisor has its own hold on it
+        _clear(start, overwrite)
         (job.folder / "log").mkdir(exist_ok=True)
         start.config.save(job.folder / "config.yaml")
         start.table.save(job.folder / "rank_table.json")
@@ -208,9 +178,7 @@ def start_job(start: Launch, overwrite: bool = False, command: Sequence[str] | N
                 [sys.executable, "-m", "glm3kit.jobs.supervisor", str(job.folder), json.dumps(asdict(start.plan)),
                  *(command or start.rank_command)],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=job.folder, pass_fds=[lock], check=False,
-                env=start.environment)
-    finally:
-        os.close(lock)  # the supervisor holds its own
+                env=rank_environment(start.plan, start.config.parallel.device_target))
     if started.returncode:
         raise JobError(f"{job.folder}: the job did not start; the end of log/supervisor.log:\n{last_lines(log, 20)}")
     return job

@@ -28,16 +28,17 @@ from glm3kit.weights.names import EMBEDDING, parameter_shapes
 
 METRICS_FILE = "metrics.jsonl"
 NUMBER = r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|nan|inf)"
-STEP = re.compile(rf"step:\[\s*(?P<step>\d+)/\s*(?P<steps>\d+)\],\s*loss:\s*\[?(?P<loss>{NUMBER})")
-EPOCH = re.compile(r"Epoch:\[\s*(\d+)/\s*\d+\]")
+STEP = re.compile(rf"(?:Epoch:\[\s*(?P<epoch>\d+)/.*)?"
+                  rf"step:\[\s*(?P<step>\d+)/\s*(?P<steps>\d+)\],\s*loss:\s*\[?(?P<loss>{NUMBER})")
 # What follows the loss; the forms of 0.6 ("time:", "lr:[...]") to 2.0 ("grad_norm:").
 FIELDS = {
     "learning_rate": re.compile(rf"\blr:\s*\[?({NUMBER})"),
     "step_time_ms": re.compile(rf"\b(?:per_step_time|time):\s*({NUMBER})\s*ms"),
+    "overflow": re.compile(r"\boverflow cond:\s*(True|False)"),
     "loss_scale": re.compile(rf"\bloss_scale:\s*({NUMBER})"),
     "grad_norm": re.compile(rf"\b(?:global_norm|grad_norm):?\s*(?:\[\s*({NUMBER})\s*\]|({NUMBER}))"),
 }
-OVERFLOW = re.compile(r"\boverflow cond:\s*(True|False)")
+TRUTH = {"True": True, "False": False}
 
 
 def flops_per_token(model: ModelConfig, seq_length: int, lora: bool = False) -> float:
@@ -67,26 +68,21 @@ def format_step_line(record: Mapping[str, Any], epochs: int, steps_per_epoch: in
     return line if record.get("grad_norm") is None else f"{line}, global_norm: [{record['grad_norm']:.6f}]"
 
 
-def _read_log_line(line: str) -> dict[str, Any] | None:
-    """The record of a log line, or None for a line that is no step's."""
-    found = STEP.search(line)
-    if not found:
-        return None
-    record: dict[str, Any] = {"step": int(found["step"]), "loss": float(found["loss"])}
-    if epoch := EPOCH.search(line[:found.start()]):
-        record["epoch"] = int(epoch[1])
-        record["step"] += (record["epoch"] - 1) * int(found["steps"])  # it is counted within the epoch there
-    rest = line[found.end():]
-    for key, pattern in FIELDS.items():
-        if value := pattern.search(rest):
-            record[key] = float(value[value.lastindex])
-    if overflow := OVERFLOW.search(rest):
-        record["overflow"] = overflow[1] == "True"
-    return record
-
-
 def _read_log(path: Path, text: str) -> list[dict[str, Any]]:
-    records = [record for line in text.splitlines() if (record := _read_log_line(line))]
+    """One record a line of a step; other lines are passed over."""
+    records: list[dict[str, Any]] = []
+    for line in text.splitlines():
+        if not (found := STEP.search(line)):
+            continue
+        record = {"step": int(found["step"]), "loss": float(found["loss"])}
+        if found["epoch"]:
+            record["epoch"] = int(found["epoch"])
+            record["step"] += (record["epoch"] - 1) * int(found["steps"])  # it is counted within the epoch there
+        for key, pattern in FIELDS.items():
+            if value := pattern.search(line, found.end()):
+                word = value[value.lastindex]
+                record[key] = TRUTH[word] if word in TRUTH else float(word)
+        records.append(record)
     if text.strip() and not records:
         raise DataError(f"{path}: {len(text.splitlines())} lines, none of which is a step's; expected lines such as "
                         "'Epoch:[  1/  5], step:[    2/  535], loss: 2.248, ...'; give the log of the rank that prints "
@@ -123,11 +119,10 @@ def _read_json_lines(path: Path, text: str) -> list[dict[str, Any]]:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Read what a run measured: a job folder, a metrics.jsonl, or a log of MindFormers; each also as .gz.
 
-    Returns a dict a step: step (from the start of training, over all epochs), loss, and learning_rate, step_time_ms,
-    overflow, loss_scale, grad_norm, epoch where present. A metrics.jsonl also has tokens_per_second, and the records of
-    evaluations (step, eval_loss); its steps are in order, the last record of a repeated step counts, and a last line
-    that is still being written is left out. A log gives a record for every line of a step, as they stand. MindFormers
-    0.6 prints the time between two lines, which is that of several steps.
+    Returns a dict a step or evaluation, as above; of a metrics.jsonl in order, with the last record of a repeated step
+    and without a last line that is still being written. A log gives a record for every line of a step, as they stand:
+    step (from the start of training, over all epochs), loss, and learning_rate, step_time_ms, overflow, loss_scale,
+    grad_norm, epoch where present. MindFormers 0.6 prints the time between two lines, which is that of several steps.
     Raises DataError for a file that is missing or damaged, a line that is no record (with its number), a log without
     steps.
     Example: read_metrics("worker_0.log")[0] -> {"step": 2, "loss": 2.248, "epoch": 1, "learning_rate": 1.25e-07, ...}
@@ -155,7 +150,6 @@ class MetricsWriter:
     """Append records to a metrics.jsonl, each visible to readers at once.
 
     A line that an earlier writer was killed in is cut away, so that a resumed job continues the file.
-    Example: MetricsWriter("output/tiny/metrics.jsonl").write({"step": 1, "loss": 7.62})
     """
 
     def __init__(self, path: str | Path):
@@ -167,8 +161,7 @@ class MetricsWriter:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record; numbers of NumPy are numbers, None is left out, what is not finite becomes null."""
-        plain = {key: value.item() if isinstance(value, np.generic | np.ndarray) else value
-                 for key, value in record.items() if value is not None}
+        plain = {key: np.asarray(value).tolist() for key, value in record.items() if value is not None}
         finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                   for key, value in plain.items()}
         self._file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")

@@ -10,6 +10,7 @@ import ipaddress
 import os
 import socket
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import psutil
@@ -64,40 +65,30 @@ def refuse_busy_port(address: str, port: int) -> None:
         try:
             probe.bind((address, port))
         except OSError as err:
-            raise JobError(f"port {port} of {address} cannot be used ({err.strerror}){_listener(port)}; end what uses "
+            users = ""
+            with suppress(psutil.Error):  # another user's, or gone meanwhile
+                pids = {c.pid for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port and c.pid}
+                named = [f"{psutil.Process(pid).name()} (process {pid})" for pid in sorted(pids)]
+                users = f": {', '.join(named)} has it" if named else ""
+            raise JobError(f"port {port} of {address} cannot be used ({err.strerror}){users}; end what uses "
                            "it, or give another with --port, the same on every machine") from err
 
 
-def _listener(port: int) -> str:
+def address_of(master: str, own: bool = False) -> str:
+    """The address of the master, which may be given by name: MindSpore takes no name.
+
+    own: instead this machine's own, from which it reaches the master; nothing is sent.
+    """
     try:
-        pids = {c.pid for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port and c.pid}
-        named = [f"{psutil.Process(pid).name()} (process {pid})" for pid in sorted(pids)]
-    except psutil.Error:  # another user's, or gone meanwhile
-        return ""
-    return f": {', '.join(named)} has it" if named else ""
-
-
-def _unreachable(master: str, err: OSError) -> JobError:
-    return JobError(f"the master {master} cannot be reached from here ({err}); correct its address or name, or give "
-                    "one that every machine reaches with --master")
-
-
-def address_of(master: str) -> str:
-    """The address of the master, which may be given by name: MindSpore takes no name."""
-    try:
-        return socket.getaddrinfo(master, None)[0][4][0]
+        family, *_, place = socket.getaddrinfo(master, 1, type=socket.SOCK_DGRAM)[0]
+        if not own:
+            return place[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(place)
+            return probe.getsockname()[0]
     except OSError as err:
-        raise _unreachable(master, err) from err
-
-
-def _route_address(address: str) -> str:
-    """The address that this machine reaches another from; nothing is sent."""
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((address, 1))
-        except OSError as err:
-            raise _unreachable(address, err) from err
-        return probe.getsockname()[0]
+        raise JobError(f"the master {master} cannot be reached from here ({err}); correct its address or name, or give "
+                       "one that every machine reaches with --master") from err
 
 
 def servers_in_order(table: RankTable) -> list[Server]:
@@ -116,9 +107,9 @@ def servers_in_order(table: RankTable) -> list[Server]:
     return servers
 
 
-def _find_node(servers: list[Server], environ: Mapping[str, str], addresses: Collection[str],
-               source: str) -> tuple[int, str]:
+def _find_node(table: RankTable, environ: Mapping[str, str], addresses: Collection[str]) -> tuple[int, str]:
     """The place of this machine among the servers, and from what it is known."""
+    servers = servers_in_order(table)
     own = {address for address in addresses if not ipaddress.ip_address(address).is_loopback}
     own |= {environ["MA_CURRENT_IP"]} if "MA_CURRENT_IP" in environ else set()
     found = [n for n, server in enumerate(servers) if {server.server_id, server.host_ip} & own]
@@ -128,9 +119,9 @@ def _find_node(servers: list[Server], environ: Mapping[str, str], addresses: Col
     if index.isdecimal() and int(index) < len(servers) == len(hosts):
         return int(index), "VC_TASK_INDEX"
     names = ", ".join(server.host_ip or server.server_id for server in servers)
-    raise JobError(f"{source}: which of its servers ({names}) is this machine? {len(found)} of them have one of its "
-                   f"addresses ({', '.join(sorted(own)) or 'none'}), and VC_WORKER_HOSTS and VC_TASK_INDEX do not say "
-                   f"it for {len(servers)} servers; give --node-rank, from 0 in the order of the ranks")
+    raise JobError(f"{table.source}: which of its servers ({names}) is this machine? {len(found)} of them have one of "
+                   f"its addresses ({', '.join(sorted(own)) or 'none'}), and VC_WORKER_HOSTS and VC_TASK_INDEX do not "
+                   f"say it for {len(servers)} servers; give --node-rank, from 0 in the order of the ranks")
 
 
 def worker_hosts(environ: Mapping[str, str]) -> list[str]:
@@ -138,31 +129,16 @@ def worker_hosts(environ: Mapping[str, str]) -> list[str]:
     return [host.strip() for host in environ.get("VC_WORKER_HOSTS", "").split(",") if host.strip()]
 
 
-def find_master(servers: list[Server], environ: Mapping[str, str], source: str) -> tuple[str, str]:
+def find_master(table: RankTable, environ: Mapping[str, str]) -> tuple[str, str]:
     """An address or name of the machine where the scheduler runs, and from what it is known."""
-    hosts = worker_hosts(environ)
+    servers, hosts = servers_in_order(table), worker_hosts(environ)
     if len(hosts) == len(servers):
         return hosts[0], "VC_WORKER_HOSTS"
     for name in (servers[0].host_ip, servers[0].server_id):
         if name and is_address(name):
             return name, "the first server of the table"
-    raise JobError(f"{source}: the first server is called {servers[0].server_id}, which is no address; give one that "
-                   "every machine reaches with --master")
-
-
-def _place(servers: list[Server], source: str, environ: Mapping[str, str], addresses: Collection[str],
-           node_rank: int | None, master: str | None) -> tuple[int, str, str, list[str]]:
-    """This machine's place among several: node rank, master's and own address, and from what they are known."""
-    why = "--node-rank"
-    if node_rank is None:
-        node_rank, why = _find_node(servers, environ, addresses, source)
-    host, whence = (master, "--master") if master else find_master(servers, environ, source)
-    server, address = servers[node_rank], address_of(host)
-    listed = sorted({server.server_id, server.host_ip} & set(addresses))
-    own = listed[0] if listed else environ.get("MA_CURRENT_IP") or _route_address(address)
-    return node_rank, address, own, [
-        f"this machine: {server.server_id}, node {node_rank} of {len(servers)} (from {why}), reached at {own}",
-        f"master: {host} (from {whence})"]
+    raise JobError(f"{table.source}: the first server is called {servers[0].server_id}, which is no address; give one "
+                   "that every machine reaches with --master")
 
 
 def plan_run(table: RankTable, environ: Mapping[str, str] = os.environ, addresses: Collection[str] | None = None,
@@ -183,9 +159,18 @@ def plan_run(table: RankTable, environ: Mapping[str, str] = os.environ, addresse
         node_rank, host, own, reasons, schedules = 0, "127.0.0.1", None, [], True
         port = port or free_port()
     else:
-        node_rank, host, own, reasons = _place(servers, table.source, environ, addresses, node_rank, master)
+        why, whence = "--node-rank", "--master"
+        if node_rank is None:
+            node_rank, why = _find_node(table, environ, addresses)
+        if not master:
+            master, whence = find_master(table, environ)
+        server, host = servers[node_rank], address_of(master)
+        listed = sorted({server.server_id, server.host_ip} & set(addresses))
+        own = listed[0] if listed else environ.get("MA_CURRENT_IP") or address_of(master, own=True)
         port, schedules = port or MASTER_PORT, host in addresses
-        reasons.append(f"scheduler: {'here' if schedules else f'on {host}, by the same command there'}, port {port}")
+        reasons = [f"this machine: {server.server_id}, node {node_rank} of {nodes} (from {why}), reached at {own}",
+                   f"master: {master} (from {whence})",
+                   f"scheduler: {'here' if schedules else f'on {host}, by the same command there'}, port {port}"]
     if schedules:
         refuse_busy_port(host, port)
     devices = sorted(servers[node_rank].devices, key=lambda device: int(device.rank_id))

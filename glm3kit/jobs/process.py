@@ -47,15 +47,11 @@ def process_mark(pid: int) -> dict | None:
 
 def process_state(mark: dict | None) -> str:
     """What the system says of the process of a mark, in psutil's words; "gone" if it has ended."""
-    try:
-        process = psutil.Process(mark["pid"]) if mark else None
+    with suppress(psutil.Error):
         # psutil adds the boot time, which moves by a second when the clock is set
-        if process is None or abs(process.create_time() - mark["create_time"]) >= 2:
-            return "gone"
-        state = process.status()
-    except psutil.Error:
-        return "gone"
-    return "gone" if state == psutil.STATUS_ZOMBIE else state
+        if mark and abs((process := psutil.Process(mark["pid"])).create_time() - mark["create_time"]) < 2:
+            return "gone" if (state := process.status()) == psutil.STATUS_ZOMBIE else state
+    return "gone"
 
 
 def is_running(mark: dict | None) -> bool:
@@ -67,11 +63,9 @@ def job_processes(folder: Path) -> list[psutil.Process]:
     """Every process that a job started and that still runs: scheduler, ranks and what those started."""
     found = []
     for process in psutil.process_iter():
-        try:
+        with suppress(psutil.Error):  # gone meanwhile, or another user's
             if process.environ().get(JOB_VARIABLE) == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
-        except psutil.Error:  # gone meanwhile, or another user's
-            continue
     return found
 
 
@@ -97,13 +91,11 @@ def end_processes(folder: Path, timeout_s: float = 10) -> list[int]:
 
 def last_lines(path: Path, count: int) -> str:
     """The last lines of a log; "" if there is no log."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - LINE_BYTES * count))
-            return "\n".join(file.read().decode("utf-8", errors="replace").splitlines()[-count:])
-    except FileNotFoundError:
+    if not path.exists():
         return ""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - LINE_BYTES * count))
+        return "\n".join(file.read().decode("utf-8", errors="replace").splitlines()[-count:])
 
 
 @contextmanager
@@ -112,43 +104,37 @@ def rank_process(folder: str | Path) -> Iterator[None]:
 
     From it the supervisor knows that a rank had done its work before it ended, and the words of its error. The
     scheduler, which runs the same command, leaves `log/scheduler.json`.
-    Example: with rank_process("output/run"): run_rank(config)
     """
     scheduler = os.environ.get("MS_ROLE") == "MS_SCHED"
     name = "scheduler" if scheduler else f"rank_{os.environ.get('RANK_ID', '0')}"
     path = Path(folder) / "log" / f"{name}.json"
     record = {"pid": os.getpid(), "started": now()}
-
-    def leave(exit_code: int, error: str | None, tries: int = 10) -> None:
-        text = json.dumps(record | {"ended": now(), "exit_code": exit_code, "error": error}, ensure_ascii=False)
-        try:
-            atomic_write(path, text)
-        except OSError as err:
-            if err.errno not in FULL or not tries:
-                raise
-            time.sleep(0.2)  # another rank is about to remove what it could not write whole
-            leave(exit_code, error, tries - 1)
-
     faulthandler.register(STACKS_SIGNAL, file=sys.__stderr__)
     atomic_write(path, json.dumps(record))
+    exit_code, error = 0, None
     try:
         yield
-    except SystemExit as err:
-        code = err.code if isinstance(err.code, int) else int(err.code is not None)
-        leave(code, f"SystemExit: {err.code}" if code else None)
-        raise
     except BaseException as err:  # a rank that is interrupted has failed too
         said, *_ = str(err).partition("\n\n----")  # below it MindSpore prints where it is in its own C++
-        leave(1, f"{type(err).__name__}: {said}")
+        exit_code, error = 1, f"{type(err).__name__}: {said}"
+        if isinstance(err, SystemExit):
+            exit_code = err.code if isinstance(err.code, int) else int(err.code is not None)
+            error = error if exit_code else None
         raise
-    leave(0, None)
+    finally:
+        record |= {"ended": now(), "exit_code": exit_code, "error": error}
+        for tries_left in range(10, -1, -1):
+            try:
+                atomic_write(path, json.dumps(record, ensure_ascii=False))
+                break
+            except OSError as err:
+                if err.errno not in FULL or not tries_left:
+                    raise
+                time.sleep(0.2)  # another rank is about to remove what it could not write whole
 
 
 class Heartbeat:
-    """The marks of one rank.
-
-    Example: heartbeat = Heartbeat("output/run", rank=0); heartbeat.mark()
-    """
+    """The marks of one rank of the job in `folder`."""
 
     def __init__(self, folder: str | Path, rank: int) -> None:
         self.path = Path(folder) / "log" / f"rank_{rank}.step"

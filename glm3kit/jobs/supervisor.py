@@ -29,7 +29,6 @@ POLL_S = 0.2
 GRACE_S = 3  # for a rank that failed to print its traceback, for a rank's own words where the scheduler failed
 TEARDOWN_S = 30  # for a rank that is done with its work to leave the cluster
 SIGN_OF_LIFE_S = 10  # between two touches of job.json, for readers on other machines
-LOG_LINES = 20
 
 
 def describe_exit(code: int) -> str:
@@ -50,9 +49,8 @@ class Supervisor:
         self.children: dict[str, subprocess.Popen] = {}
         self.names = [f"rank_{rank}" for rank in plan.local_ranks]
         self.working = set(self.names)  # ranks that are not done with their work
-        # What has failed: whether it yields to others as the cause, when it ended, its name, how it ended.
-        self.failed: dict[str, tuple[bool, str, str, str]] = {}
-        self.suspected: dict[str, float] = {}  # name -> when it was first taken for the cause
+        # What has failed: whether it yields to others as the cause, when it ended, its name, how, when it was seen.
+        self.failed: dict[str, tuple[bool, str, str, str, float]] = {}
         self.looked = now()
         self.heartbeats = Watch(folder, self.names, hang_timeout_s)
         self.written, self.touched = "", 0.0  # the content of job.json, and when it was touched
@@ -91,7 +89,7 @@ class Supervisor:
     def look(self) -> None:
         """Take in which processes have ended, and what they have said of it."""
         codes = {name: child.poll() for name, child in self.children.items()}  # first: a record comes before the end
-        before, self.looked = self.looked, now()
+        before, self.looked, clock = self.looked, now(), time.monotonic()
         for name, code in codes.items():
             path = self.folder / "log" / f"{name}.json"
             record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -102,18 +100,17 @@ class Supervisor:
                 self.working.discard(name)
             elif said:  # the scheduler also fails when it misses a rank
                 how = f"failed with exit code {said}: {record['error']}"
-                self.failed.setdefault(name, (name == "scheduler", record["ended"], name, how))
+                self.failed.setdefault(name, (name == "scheduler", record["ended"], name, how, clock))
             elif code is not None:  # it may have ended right after the look before this one
-                self.failed.setdefault(name, (False, before, name, describe_exit(code)))
+                self.failed.setdefault(name, (False, before, name, describe_exit(code), clock))
 
     def failure(self) -> str | None:
         """Why the job has failed, or None. Of several that ended, the first is the cause of the others' end."""
         if not self.failed or not self.working:  # once the ranks are done the scheduler ends without a record
             return None
-        *_, name, how = min(self.failed.values())
+        *_, name, how, seen = min(self.failed.values())
         known = name != "scheduler" and self.children[name].poll() is not None
-        since = self.suspected.setdefault(name, time.monotonic())
-        return self._reason(name, how) if known or time.monotonic() - since > GRACE_S else None
+        return self._reason(name, how) if known or time.monotonic() - seen > GRACE_S else None
 
     def hang(self) -> str | None:
         """Which rank has made no step for too long, or None; what each rank is doing then goes to its log."""
@@ -126,7 +123,7 @@ class Supervisor:
 
     def _reason(self, name: str, what: str) -> str:
         who = f"rank {name[5:]} of {self.plan.ranks}" if name in self.names else name
-        lines = last_lines(self.folder / "log" / f"{name}.log", LOG_LINES).strip()
+        lines = last_lines(self.folder / "log" / f"{name}.log", 20).strip()
         advice = "".join(f"\n{line}" for line in diagnose(f"{what}\n{lines}"))
         return f"{who} {what}\nThe end of log/{name}.log:\n{lines or '(empty)'}{advice}"
 

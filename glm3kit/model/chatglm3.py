@@ -9,7 +9,6 @@ d head size, F ffn size, V vocabulary; H, G, F and V are this rank's.
 """
 
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from math import sqrt
 from typing import Any
 
@@ -279,22 +278,20 @@ class ChatGLM3(nn.Cell):
         """Set every parameter but adapters to its (slice of a) whole tensor."""
         topology, parameters = self.topology, self.parameters_dict()
         for name in parameter_shapes(self.cfg):
-            values, parameter, cut = weights[name], parameters[name], slicing(name, self.cfg)
-            stored = values
-            if cut and topology.tensor_parallel > 1:
-                values = cut.slice_of(values, topology.tensor_rank, topology.tensor_parallel)
-            if parameter.dtype == ms.bfloat16:  # through float32, which holds every bfloat16
-                values = Tensor(cast(values, "float32", name)).astype(ms.bfloat16)
-            else:
-                values = Tensor(cast(values, str(parameter.dtype).lower(), name))
-            parameter.copy_(values)  # in place: compiled graphs hold on to the memory they were compiled with
-            release(stored)
+            whole, parameter = weights[name], parameters[name]
+            values = topology.slice_of(whole, slicing(name, self.cfg))
+            # bfloat16 through float32, which holds every bfloat16
+            through = "float32" if parameter.dtype == ms.bfloat16 else str(parameter.dtype).lower()
+            # In place: compiled graphs hold on to the memory they were compiled with.
+            parameter.copy_(Tensor(cast(values, through, name)).astype(parameter.dtype))
+            release(whole)
         self.after_update()
 
     def after_update(self) -> None:
         """Forget what conversations have computed: call it when weights were changed in place."""
-        for decoder in chain.from_iterable(self.decoders.values()):
-            decoder.held = []
+        for decoders in self.decoders.values():
+            for decoder in decoders:
+                decoder.held = []
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                segment_ids: Tensor | None = None) -> Tensor:

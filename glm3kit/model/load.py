@@ -9,8 +9,10 @@ from glm3kit.checkpoint.merge import read_adapters
 from glm3kit.config.groups import ModelConfig
 from glm3kit.errors import CheckpointError
 from glm3kit.model.chatglm3 import ChatGLM3
+from glm3kit.parallel import ALONE, Topology
 from glm3kit.weights.adapters import fold_adapters
 from glm3kit.weights.names import parameter_shapes
+from glm3kit.weights.random import random_weights
 from glm3kit.weights.read import read_weights, shape_faults
 from glm3kit.weights.tensors import Tensors
 
@@ -33,7 +35,6 @@ def load_weights(net: ChatGLM3, path: str | Path, adapters: str | Path | None = 
     """Load weights into a model, cast to the types of its parameters; under tensor parallelism the rank's slices.
 
     Path, adapters and errors are those of `fitting_weights`; nothing is loaded where something does not fit.
-    Example: load_weights(net, "chatglm3-6b")
     """
     net.fill(fitting_weights(net.cfg, path, adapters))
 
@@ -42,7 +43,8 @@ class AutoModel:
     """The name that MindFormers' scripts use for building a model."""
 
     @staticmethod
-    def from_config(config: ModelConfig) -> ChatGLM3:
+    def from_config(config: ModelConfig, topology: Topology = ALONE, seed: int = 0) -> ChatGLM3:
         """A ChatGLM3 with the weights (and adapters) that the configuration names; random ones where it names none."""
         path = config.checkpoint_name_or_path
-        return ChatGLM3(config, weights=fitting_weights(config, path, config.adapters_path) if path else None)
+        return ChatGLM3(config, topology,
+                        fitting_weights(config, path, config.adapters_path) if path else random_weights(config, seed))

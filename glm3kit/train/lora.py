@@ -41,16 +41,15 @@ def add_adapters(net: ChatGLM3, lora: LoraConfig, seed: int = 0) -> None:
     Raises ConfigError if the model has adapters of other settings.
     """
     topology = net.topology
-    has = {name: tuple(p.shape) for name, p in net.parameters_dict().items() if name.endswith(".lora_a")}
+    ranks = {name: p.shape[0] for name, p in net.parameters_dict().items() if name.endswith(".lora_a")}
     linears = adapted_linears(net, lora.targets)
-    wanted = {f"{name}.lora_a" for name in linears}
-    if has and (set(has) != wanted or any(shape[0] != lora.rank for shape in has.values())):
-        raise ConfigError(f"the model has adapters already, on {sorted(has)[:2]} ... of rank "
-                          f"{next(iter(has.values()))[0]}; expected {', '.join(lora.targets)} and rank {lora.rank}: "
+    if ranks and ranks != {f"{name}.lora_a": lora.rank for name in linears}:
+        raise ConfigError(f"the model has adapters already, on {sorted(ranks)[:2]} ... of rank "
+                          f"{next(iter(ranks.values()))}; expected {', '.join(lora.targets)} and rank {lora.rank}: "
                           "fold them with merge_adapters(net), or train them on with their own settings")
     for parameter in net.get_parameters():
         parameter.requires_grad = parameter.name.endswith((".lora_a", ".lora_b"))
-    if has:
+    if ranks:
         return
     key = mask_key()
     for index, (name, linear) in enumerate(linears.items()):
@@ -59,10 +58,8 @@ def add_adapters(net: ChatGLM3, lora: LoraConfig, seed: int = 0) -> None:
         whole_in = cut.segments[0] if cut else in_size
         rng = np.random.default_rng([seed, index])
         a = rng.uniform(-1, 1, (lora.rank, whole_in)).astype(np.float32) / np.float32(sqrt(whole_in))
-        if cut:
-            a = cut.slice_of(a, topology.tensor_rank, topology.tensor_parallel)
         b = np.zeros((out_size, lora.rank), np.float32)
-        parameters = [Parameter(Tensor(a)), Parameter(Tensor(b)),
+        parameters = [Parameter(Tensor(topology.slice_of(a, cut))), Parameter(Tensor(b)),
                       Parameter(Tensor(np.float32(lora.alpha)), requires_grad=False)]
         dropout = Dropout(lora.dropout, key, index, topology, sliced=cut is not None) if lora.dropout else None
         linear.adapter = Adapter(*parameters, dropout, linear.dtype, linear.exchange)

@@ -37,11 +37,6 @@ class LossScale:
         self.value = 65536.0 if self.dynamic else float(setting or 1.0)
         self.good_steps = 0
 
-    @property
-    def can_fall(self) -> bool:
-        """Whether an overflow may be the scale's."""
-        return self.dynamic and self.value > 1
-
     def update(self, overflow: bool) -> None:
         if not self.dynamic:
             return
@@ -71,7 +66,7 @@ class AdamW(nn.Cell):
             squares.append(Parameter(Tensor(np.zeros_like(values)), f"exp_avg_sq.{parameter.name}"))
         self.masters, self.averages, self.squares = map(ParameterTuple, (masters, averages, squares))
         self.decays = tuple(config.weight_decay > 0 and decays(p.name) for p in self.parameters)
-        self.beta1, self.beta2 = config.betas
+        (self.beta1, self.beta2), self.max_norm = config.betas, config.max_grad_norm
         # On a CPU these two take half the time of ops.AdamWeightDecay.
         self.descend, self.adam = ops.ApplyGradientDescent(), ops.Adam()
         self.gather, self.assign = AllGather(topology), ops.Assign()
@@ -80,8 +75,15 @@ class AdamW(nn.Cell):
         """What a checkpoint holds besides the weights."""
         return [*(() if self.whole else self.masters), *self.averages, *self.squares]
 
-    def construct(self, shards: tuple, factor: Tensor, rate: Tensor, eps: Tensor, decay: Tensor) -> Tensor:
-        """Multiply the summed gradients by `factor` and update; rate, eps and decay come from `bias_corrected`."""
+    def construct(self, shards: tuple, totals: Tensor, scale: Tensor, rate: Tensor, eps: Tensor,
+                  decay: Tensor) -> Tensor:
+        """Update from summed, scaled gradients: their mean, clipped as torch clips -> the totals, told last.
+
+        totals: [mean loss, gradient norm, count]; rate, eps and decay come from `bias_corrected`.
+        """
+        factor = 1 / (totals[2] * scale)
+        if self.max_norm is not None:
+            factor = factor * ops.minimum(self.max_norm / (totals[1] + 1e-6), 1.0)
         done = factor
         for i in range(len(self.parameters)):
             master, parameter = self.masters[i], self.parameters[i]
@@ -93,7 +95,9 @@ class AdamW(nn.Cell):
                 full = self.gather(ops.depend(master, updated), parameter.shape)
                 updated = self.assign(parameter, full.astype(parameter.dtype))
             done = ops.depend(done, updated)
-        return done
+        # A result that is ready before its graph is done keeps `asnumpy` spinning: on two cores that costs the
+        # update's operators half their speed.
+        return ops.concat((ops.depend(totals[:1], done), totals[1:]))
 
 
 def bias_corrected(step: int, rate: float, config: TrainConfig) -> tuple[float, float, float]:
@@ -103,9 +107,3 @@ def bias_corrected(step: int, rate: float, config: TrainConfig) -> tuple[float, 
     """
     root = math.sqrt(1 - config.betas[1] ** step)
     return rate * root / (1 - config.betas[0] ** step), config.eps * root, rate * config.weight_decay
-
-
-def clip_factor(norm: Tensor, count: Tensor, scale: Tensor, max_norm: float | None) -> Tensor:
-    """What summed, scaled gradients are multiplied with: the mean, unscaled, clipped to max_norm as torch clips."""
-    factor = 1 / (count * scale)
-    return factor if max_norm is None else factor * ops.minimum(max_norm / (norm + 1e-6), 1.0)

@@ -15,12 +15,10 @@ from glm3kit.jobs.metrics import MetricsWriter, flops_per_token, format_step_lin
 from glm3kit.jobs.process import JOB_VARIABLE, Heartbeat
 from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.model.held_out import HeldOutLoss
-from glm3kit.model.load import fitting_weights
+from glm3kit.model.load import AutoModel
 from glm3kit.parallel import Topology, barrier, memory_in_use, start_processes
 from glm3kit.train.saving import load_checkpoint, save_checkpoint, usable_checkpoint, weight_layouts
 from glm3kit.train.trainer import Trainer, run_steps
-from glm3kit.weights.random import random_weights
-from glm3kit.weights.tensors import Tensors
 
 
 class Rows:
@@ -96,13 +94,6 @@ class AfterStep:
                     "memory_gb": memory_in_use() / 1e9}
         return measured | ({"model_flop_utilisation": on_device * self.flops / (peak * 1e12)} if peak else {})
 
-def _first_weights(config: RunConfig) -> Tensors:
-    model, seed = config.model, config.train.seed
-    if model.checkpoint_name_or_path:
-        return fitting_weights(model, model.checkpoint_name_or_path, model.adapters_path)
-    print(f"model.checkpoint_name_or_path is not set: starting from random weights, seed {seed}")
-    return random_weights(model, seed)
-
 
 def run_rank(config: RunConfig, resume: bool = False) -> list[dict]:
     """Train as one rank of the run that `config` describes, with metrics and checkpoints in its folder.
@@ -111,12 +102,14 @@ def run_rank(config: RunConfig, resume: bool = False) -> list[dict]:
     """
     topology, job_dir = start_processes(config.parallel), config.job_dir
     rows = Rows(config, topology)
-    net = ChatGLM3(config.model, topology, _first_weights(config))
+    if not config.model.checkpoint_name_or_path:
+        print(f"model.checkpoint_name_or_path is not set: starting from random weights, seed {config.train.seed}")
+    net = AutoModel.from_config(config.model, topology, config.train.seed)
     trainer = Trainer(net, config.train, rows.total_steps, topology)
     if resume:
         load_checkpoint(usable_checkpoint(job_dir, topology), net, trainer, topology, rows.identity)
     if topology.rank == 0:
         write_strategy(job_dir / "strategy" / STRATEGY, weight_layouts(net, topology))
     heartbeat = Heartbeat(os.environ.get(JOB_VARIABLE, job_dir), topology.rank)
-    after_step = AfterStep(config, net, rows, heartbeat)
-    return run_steps(trainer, heartbeat.drawing(rows.after(trainer.step)), after_step)
+    batches = heartbeat.drawing(rows.after(trainer.step))
+    return run_steps(trainer, batches, AfterStep(config, net, rows, heartbeat))

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mindspore import Parameter, Tensor
@@ -109,7 +110,7 @@ def _complete(folder: Path, ranks: int, state: Mapping[str, Any]) -> None:
 
 
 def save_checkpoint(job_dir: str | Path, net: ChatGLM3, trainer: Trainer, topology: Topology, keep: int,
-                    data: Mapping[str, Any] | None = None) -> Path:
+                    data: Mapping[str, Any] = MappingProxyType({})) -> Path:
     """Write a checkpoint of the trainer's step, by every rank together; then remove all but the newest `keep`.
 
     data: what the position in the data depends on besides the step; `load_checkpoint` asks for the same.
@@ -130,7 +131,7 @@ def save_checkpoint(job_dir: str | Path, net: ChatGLM3, trainer: Trainer, topolo
         barrier(topology)
         if topology.rank == 0:
             _complete(temporary, topology.ranks, trainer.state() | {
-                "data": dict(data or {}), "data_parallel": topology.data_parallel,
+                "data": dict(data), "data_parallel": topology.data_parallel,
                 "tensor_parallel": topology.tensor_parallel})
     except OSError as err:
         if err.errno not in FULL:
@@ -161,14 +162,13 @@ def _open(folder: Path, index: int, layouts: Mapping[str, Layout]) -> tuple[Tens
 
 
 def load_checkpoint(path: Path, net: ChatGLM3, trainer: Trainer, topology: Topology,
-                    data: Mapping[str, Any] | None = None) -> None:
+                    data: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Put weights, optimizer state and training state of a checkpoint back, written by any layout of ranks.
 
     data: as it was given to `save_checkpoint`.
     Raises CheckpointError where a tensor is missing or of another shape, or the run has another schedule or other data.
     """
     marker = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
-    data = data or {}
     changed = [f"{key} {value}, here {data.get(key)}" for key, value in marker["data"].items()
                if data.get(key) != value]
     if changed:
@@ -192,9 +192,7 @@ def load_checkpoint(path: Path, net: ChatGLM3, trainer: Trainer, topology: Topol
                                   f"{list(expected)}; the checkpoint is of another model")
         values = tensors[name]
         if whole:
-            cut = slicing(name, net.cfg)
-            if cut and topology.tensor_parallel > 1:
-                values = cut.slice_of(values, topology.tensor_rank, topology.tensor_parallel)
+            values = topology.slice_of(values, slicing(name, net.cfg))
             if layout.flattened:
                 values = shard_of(values, topology.shard_rank, topology.shards)
         # In place: compiled graphs hold on to the memory they were compiled with.

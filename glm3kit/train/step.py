@@ -1,6 +1,6 @@
 """A training step as compiled graphs: gradients of a micro-batch in shards, what all ranks agree on, the update.
 
-    Step(Gradients(net, topology), Totals(net, topology), AdamW(net, config, topology), max_norm=1.0)
+    Step(net, AdamW(net, config, topology), topology, accumulates=False)
 """
 
 from math import gcd
@@ -13,38 +13,31 @@ from glm3kit.data.token_file import IGNORE_INDEX
 from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.parallel import ReduceScatter, SumOfCopies, Topology, world_sum
 from glm3kit.train.lora import dropout_key
-from glm3kit.train.optimizer import AdamW, clip_factor
+from glm3kit.train.optimizer import AdamW
 from glm3kit.weights.slices import copies_of, slicing
 
 
 class SummedLoss(nn.Cell):
-    """input_ids, labels (B, T) -> summed loss; a cell of its own, since gradients are taken of cells."""
+    """input_ids, labels and, of packed rows, segment_ids (B, T) -> summed loss; gradients are taken of cells alone."""
 
     def __init__(self, net: ChatGLM3):
         super().__init__(auto_prefix=False)
         self.net = net
 
-    def construct(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        return self.net.loss_sum(input_ids, labels)
-
-
-class PackedLoss(SummedLoss):
-    """input_ids, labels, segment_ids (B, T) -> summed loss; gradients are not taken of cells with default arguments."""
-
-    def construct(self, input_ids: Tensor, labels: Tensor, segment_ids: Tensor) -> Tensor:
-        return self.net.loss_sum(input_ids, labels, segment_ids)
+    def construct(self, *batch: Tensor) -> Tensor:  # no default argument: gradients are not taken of such cells
+        return self.net.loss_sum(*batch)
 
 
 class Gradients(nn.Cell):
     """Forward and backward of one micro-batch, gradients in float32, cut into shards as soon as they are summed.
 
-    (input_ids, labels (B, T), scale, segment_ids (B, T) of packed rows) -> (this rank's gradient shards, [loss sum,
+    (scale, input_ids, labels (B, T), segment_ids (B, T) of packed rows) -> (this rank's gradient shards, [loss sum,
     labels that count])
     """
 
     def __init__(self, net: ChatGLM3, topology: Topology):
         super().__init__(auto_prefix=False)
-        self.loss, self.packed_loss = SummedLoss(net), PackedLoss(net)
+        self.loss = SummedLoss(net)
         self.parameters = ParameterTuple(net.trainable_params())
         self.dropout_key = dropout_key(net)  # a graph finds only parameters that a cell holds
         self.backward = ops.GradOperation(get_by_list=True, sens_param=True)
@@ -52,17 +45,13 @@ class Gradients(nn.Cell):
         self.copies = nn.CellList([SumOfCopies(topology, cut) if cut and copies_of(cut, topology.tensor_parallel)[1] > 1
                                    else nn.Identity() for cut in (slicing(p.name, net.cfg) for p in self.parameters)])
 
-    def construct(self, input_ids: Tensor, labels: Tensor, scale: Tensor, segment_ids: Tensor | None = None) -> tuple:
-        if segment_ids is None:
-            loss = self.loss(input_ids, labels)
-            gradients = self.backward(self.loss, self.parameters)(input_ids, labels, scale)
-        else:
-            loss = self.packed_loss(input_ids, labels, segment_ids)
-            gradients = self.backward(self.packed_loss, self.parameters)(input_ids, labels, segment_ids, scale)
+    def construct(self, scale: Tensor, *batch: Tensor) -> tuple:
+        loss = self.loss(*batch)
+        gradients = self.backward(self.loss, self.parameters)(*batch, scale)
         shards = ()
         for i in range(len(gradients)):
             shards += (self.reduce(self.copies[i](gradients[i].astype(ms.float32))),)
-        counted = (labels != IGNORE_INDEX).astype(ms.float32).sum()
+        counted = (batch[1] != IGNORE_INDEX).astype(ms.float32).sum()
         return shards, ops.stack((loss, counted))
 
 
@@ -100,47 +89,29 @@ class Totals(nn.Cell):
         return ops.stack((totals[0] / count, ops.sqrt(totals[2]) / (count * scale), count))
 
 
-def told_last(totals: Tensor, updated: Tensor) -> Tensor:
-    """The totals, by an operator that runs after the update.
-
-    A result that is ready before its graph is done keeps `asnumpy` spinning: on two cores that costs the update's
-    operators half their speed.
-    """
-    return ops.concat((ops.depend(totals[:1], updated), totals[1:]))
-
-
 class Step(nn.Cell):
-    """A whole step of one micro-batch as one graph: gradients, totals, update -> [mean loss, gradient norm, count]."""
+    """The graphs of a step: all of it for one micro-batch; or `accumulate` for each of several, then `update`.
 
-    def __init__(self, gradients: Gradients, totals: Totals, optimizer: AdamW, max_norm: float | None):
+    Each gives [mean loss, gradient norm, count], `accumulate` those so far.
+    """
+
+    def __init__(self, net: ChatGLM3, optimizer: AdamW, topology: Topology, accumulates: bool):
         super().__init__(auto_prefix=False)
-        self.gradients, self.totals, self.optimizer, self.max_norm = gradients, totals, optimizer, max_norm
-
-    @ms.jit
-    def construct(self, input_ids: Tensor, labels: Tensor, scale: Tensor, rate: Tensor, eps: Tensor,
-                  decay: Tensor, segment_ids: Tensor | None = None) -> Tensor:
-        shards, sums = self.gradients(input_ids, labels, scale, segment_ids)
-        totals = self.totals(shards, sums, scale)
-        factor = clip_factor(totals[1], totals[2], scale, self.max_norm)
-        return told_last(totals, self.optimizer(shards, factor, rate, eps, decay))
-
-
-class Accumulate(nn.Cell):
-    """Add a micro-batch to the accumulated shards and sums -> totals so far, as `Totals` gives them."""
-
-    def __init__(self, gradients: Gradients, totals: Totals, optimizer: AdamW):
-        super().__init__(auto_prefix=False)
-        self.gradients, self.totals = gradients, totals
+        self.gradients, self.totals, self.optimizer = Gradients(net, topology), Totals(net, topology), optimizer
         self.accumulated = ParameterTuple([Parameter(Tensor(np.zeros(m.shape, np.float32)), f"accumulated.{m.name}")
-                                           for m in optimizer.masters])
+                                           for m in (optimizer.masters if accumulates else ())])
         self.sums = Parameter(Tensor(np.zeros(2, np.float32)), "accumulated.sums")
         self.assign = ops.Assign()
 
     @ms.jit
-    def construct(self, input_ids: Tensor, labels: Tensor, scale: Tensor, keep: Tensor,
-                  segment_ids: Tensor | None = None) -> Tensor:
-        """keep: 0 for the first micro-batch of a step, which replaces what the last step left; else 1."""
-        shards, sums = self.gradients(input_ids, labels, scale, segment_ids)
+    def construct(self, scale: Tensor, rate: Tensor, eps: Tensor, decay: Tensor, *batch: Tensor) -> Tensor:
+        shards, sums = self.gradients(scale, *batch)
+        return self.optimizer(shards, self.totals(shards, sums, scale), scale, rate, eps, decay)
+
+    @ms.jit
+    def accumulate(self, scale: Tensor, keep: Tensor, *batch: Tensor) -> Tensor:
+        """Add a micro-batch. keep: 0 for the first of a step, which replaces what the last step left; else 1."""
+        shards, sums = self.gradients(scale, *batch)
         added = ()
         for i in range(len(shards)):
             # A product with 0 would keep an overflow of the step before.
@@ -149,15 +120,7 @@ class Accumulate(nn.Cell):
         sums = self.assign(self.sums, ops.select(keep > 0, self.sums, ops.zeros_like(sums)) + sums)
         return self.totals(added, sums, scale)
 
-
-class Update(nn.Cell):
-    """Update from the accumulated shards."""
-
-    def __init__(self, accumulate: Accumulate, optimizer: AdamW, max_norm: float | None):
-        super().__init__(auto_prefix=False)
-        self.accumulated, self.optimizer, self.max_norm = accumulate.accumulated, optimizer, max_norm
-
     @ms.jit
-    def construct(self, totals: Tensor, scale: Tensor, rate: Tensor, eps: Tensor, decay: Tensor) -> Tensor:
-        factor = clip_factor(totals[1], totals[2], scale, self.max_norm)
-        return told_last(totals, self.optimizer(self.accumulated, factor, rate, eps, decay))
+    def update(self, totals: Tensor, scale: Tensor, rate: Tensor, eps: Tensor, decay: Tensor) -> Tensor:
+        """Update from what has been accumulated."""
+        return self.optimizer(self.accumulated, totals, scale, rate, eps, decay)

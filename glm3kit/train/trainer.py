@@ -20,9 +20,9 @@ from glm3kit.errors import CheckpointError, DataError, JobError
 from glm3kit.model.adapter import set_key
 from glm3kit.model.chatglm3 import ChatGLM3
 from glm3kit.parallel import ALONE, Topology
-from glm3kit.train.lora import add_adapters
+from glm3kit.train.lora import add_adapters, dropout_key
 from glm3kit.train.optimizer import AdamW, LossScale, bias_corrected, learning_rate
-from glm3kit.train.step import Accumulate, Gradients, Step, Totals, Update
+from glm3kit.train.step import Step
 
 Batch = tuple[np.ndarray, ...]  # input_ids, labels and, of packed rows, segment_ids, (B, T) int32 each
 
@@ -41,16 +41,11 @@ class Trainer:
         self.scale = LossScale(config.loss_scale)
         # Losses are summed; about this share of the sum is the mean that a loss scale is meant for.
         self.share = 1 / (config.batch_size * net.cfg.seq_length)
-        gradients, totals = Gradients(net, topology), Totals(net, topology)
-        self.dropout_key = gradients.dropout_key
+        self.dropout_key = dropout_key(net)
         self.optimizer = AdamW(net, config, topology)
         # One graph where nothing can keep the update from happening; else the host decides between two.
         self.fused = config.gradient_accumulation_steps == 1 and config.loss_scale is None
-        if self.fused:
-            self.whole_step = Step(gradients, totals, self.optimizer, config.max_grad_norm)
-        else:
-            self.accumulate = Accumulate(gradients, totals, self.optimizer)
-            self.update = Update(self.accumulate, self.optimizer, config.max_grad_norm)
+        self.graphs = Step(net, self.optimizer, topology, accumulates=not self.fused)
 
     def state(self) -> dict:
         """Where training stands, besides weights and optimizer state."""
@@ -66,11 +61,6 @@ class Trainer:
         self.step = state["step"]
         self.scale.value, self.scale.good_steps = state["loss_scale"], state["good_steps"]
 
-    def draw_masks(self, micro_step: int) -> None:
-        """Have adapters drop what belongs to this micro-step of this step, also after a resume."""
-        if self.dropout_key is not None:
-            set_key(self.dropout_key, self.config.seed, self.step, micro_step)
-
     def advance(self, batches: list[Batch]) -> dict:
         """One step over gradient_accumulation_steps micro-batches -> its record.
 
@@ -80,25 +70,22 @@ class Trainer:
         rate = learning_rate(self.step, self.total_steps, self.config)
         scalars = [Tensor(x, ms.float32) for x in bias_corrected(self.step + 1, rate, self.config)]
         scale = Tensor(self.scale.value * self.share, ms.float32)
-        if self.fused:
-            self.draw_masks(0)
-            input_ids, labels, *segment_ids = map(Tensor, batches[0])
-            totals = self.whole_step(input_ids, labels, scale, *scalars, *segment_ids).asnumpy()
-        else:
-            for i, batch in enumerate(batches):
-                self.draw_masks(i)
-                input_ids, labels, *segment_ids = map(Tensor, batch)
-                sums = self.accumulate(input_ids, labels, scale, Tensor(min(i, 1), ms.int32), *segment_ids)
-            totals = sums.asnumpy()
-        loss, norm, count = (float(x) for x in totals)
+        for i, batch in enumerate(batches):
+            if self.dropout_key is not None:  # adapters drop what belongs to this micro-step, also after a resume
+                set_key(self.dropout_key, self.config.seed, self.step, i)
+            if self.fused:
+                totals = self.graphs(scale, *scalars, *map(Tensor, batch))
+            else:
+                totals = self.graphs.accumulate(scale, Tensor(min(i, 1), ms.int32), *map(Tensor, batch))
+        loss, norm, count = (float(x) for x in totals.asnumpy())
         overflow = not math.isfinite(norm)
-        if overflow and not self.scale.can_fall:
+        if overflow and not (self.scale.dynamic and self.scale.value > 1):  # no lower scale would help
             raise JobError(f"step {self.step + 1}: loss {loss}, gradient norm {norm}, loss scale {self.scale.value:g}; "
                            "expected finite numbers. On Ascend set the environment variable "
                            "MS_ASCEND_CHECK_OVERFLOW_MODE=INFNAN_MODE and start again; else try a lower learning_rate, "
                            "loss_scale: dynamic for float16, or bfloat16")
         if not self.fused and not overflow:
-            self.update(sums, scale, *scalars).asnumpy()
+            self.graphs.update(totals, scale, *scalars).asnumpy()
         record = {"step": self.step + 1, "loss": loss, "learning_rate": rate, "grad_norm": norm, "overflow": overflow,
                   "loss_scale": self.scale.value, "tokens": int(sum(batch[0].size for batch in batches)),
                   "loss_tokens": int(count), "compute_time_ms": (time.perf_counter() - started) * 1000}
@@ -110,10 +97,7 @@ class Trainer:
 
 def run_steps(trainer: Trainer, batches: Iterable[Batch],
               on_step: Callable[[dict, Trainer], None] | None = None) -> list[dict]:
-    """Advance a trainer to its last step; one record a step.
-
-    Raises DataError if the batches end before, JobError if the loss is no finite number.
-    """
+    """Advance a trainer to its last step; records and errors are those of `fit`."""
     history, source, size = [], iter(batches), trainer.config.gradient_accumulation_steps
     while trainer.step < trainer.total_steps:
         started = time.perf_counter()
@@ -140,7 +124,6 @@ def fit(net: ChatGLM3, batches: Iterable[Batch], config: TrainConfig, *, topolog
     on_step: called with each record and the trainer.
     Returns dicts with step, loss, learning_rate, grad_norm, overflow, loss_scale, step_time_ms and more.
     Raises DataError if the batches end before total_steps, JobError if the loss is no finite number.
-    Example: fit(net, [(ids, labels)] * 20, TrainConfig(learning_rate=1e-3, total_steps=20))
     """
     total_steps = config.total_steps
     if total_steps is None:

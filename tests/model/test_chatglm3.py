@@ -10,7 +10,7 @@ from glm3kit.config.groups import ModelConfig
 from glm3kit.generate.decoder import Decoder
 from glm3kit.model.chatglm3 import ChatGLM3, RMSNorm, rotary_tables, rotation_matrix
 from glm3kit.model.load import AutoModel
-from glm3kit.train.step import PackedLoss, SummedLoss
+from glm3kit.train.step import SummedLoss
 from glm3kit.weights.names import hf_name, parameter_shapes
 from glm3kit.weights.read import read_weights
 
@@ -193,7 +193,7 @@ def test_flash_attention_gives_the_same_gradients(hub, reference, flash_calls, p
     for flash in (False, True):
         net = ChatGLM3(ModelConfig.from_hf(hub / "config.json", num_layers=1, param_dtype="float32",
                                            compute_dtype="float16", use_flash_attention=flash), weights=weights)
-        loss = (PackedLoss if packed else SummedLoss)(net)
+        loss = SummedLoss(net)
         backward = ops.GradOperation(get_by_list=True)(loss, ms.ParameterTuple(net.trainable_params()))
         inputs = Tensor(ids[:, :-1]), Tensor(ids[:, 1:]), *(segment[:, :-1] for segment in segments if packed)
         gradients.append([gradient.asnumpy() for gradient in backward(*inputs)])
