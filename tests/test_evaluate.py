@@ -113,6 +113,13 @@ def test_held_out_loss_weighs_every_token_alike(tokenizer):
     assert HeldOutLoss(net).mean([(np.zeros_like(labels), labels) for labels in batches]) == (1 + 2 + 3 + 8) / 4
 
 
+def test_a_model_in_training_is_so_again_after_measuring_even_where_a_batch_fails(tokenizer):
+    net = ScriptedNet(tokenizer, {}).set_train()
+    with pytest.raises(TypeError, match="positional argument"):
+        HeldOutLoss(net).mean([(np.zeros((1, 2)),)])
+    assert net.training
+
+
 def test_held_out_loss_of_no_tokens_is_an_error(tokenizer):
     with pytest.raises(DataError, match="no label counts"):
         HeldOutLoss(ScriptedNet(tokenizer, {})).mean([(np.zeros((1, 2)), np.full((1, 2), -100))])

@@ -36,9 +36,11 @@ class HeldOutLoss(nn.Cell):
         training = self.net.training
         self.net.set_train(False)  # no dropout
         sums = np.zeros(2)
-        for batch in batches:
-            sums += float(self(*map(Tensor, batch)).asnumpy()), (batch[1] != IGNORE_INDEX).sum()
-        self.net.set_train(training)
+        try:
+            for batch in batches:
+                sums += float(self(*map(Tensor, batch)).asnumpy()), (batch[1] != IGNORE_INDEX).sum()
+        finally:
+            self.net.set_train(training)
         loss, count = self.world_sum(Tensor(sums, ms.float32)).asnumpy()
         if not count:
             raise DataError("held-out loss: no label counts in any batch; expected rows with answers, check "
