@@ -4,7 +4,7 @@
 """
 
 import math
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +16,7 @@ from glm3kit.data.token_file import IGNORE_INDEX, TokenFile
 from glm3kit.errors import DataError
 
 
-def prefetch(draw: Callable[[int], Any], steps: Iterable[int], ahead: int = 2) -> Iterator[Any]:
+def prefetch(draw: Callable[[Any], Any], steps: Iterable[Any], ahead: int = 2) -> Iterator[Any]:
     """draw(step) for each step, in order, by a thread that works `ahead` steps before they are asked for.
 
     An error in `draw` is raised where its result is asked for. The thread ends with the iterator, also if that is
@@ -45,26 +45,21 @@ def pack_rows(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[i
     lengths = np.asarray(lengths)
     assert lengths.max(initial=0) <= capacity
     packs: list[list[int]] = []
-    rooms: list[int] = []  # free tokens of packs, each number once, rising
-    packs_with: dict[int, list[int]] = {}  # free tokens -> packs
+    rooms: list[int] = []  # free tokens of packs that are not full, rising
+    open_packs: list[list[int]] = []  # these packs, in the same order
     for row in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[row])
-        at = bisect_left(rooms, length)
+        at = bisect_left(rooms, lengths[row])
         if at == len(rooms):
-            room, pack = capacity, len(packs)
-            packs.append([])
+            room, pack = capacity, []
+            packs.append(pack)
         else:
-            room = rooms[at]
-            pack = packs_with[room].pop()
-            if not packs_with[room]:
-                del rooms[at]
-        packs[pack].append(row)
-        room -= length
+            room, pack = rooms.pop(at), open_packs.pop(at)
+        pack.append(row)
+        room -= int(lengths[row])
         if room:
-            holders = packs_with.setdefault(room, [])
-            if not holders:
-                insort(rooms, room)
-            holders.append(pack)
+            at = bisect_left(rooms, room)
+            rooms.insert(at, room)
+            open_packs.insert(at, pack)
     return packs
 
 

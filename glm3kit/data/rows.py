@@ -11,7 +11,7 @@ import codecs
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -122,9 +122,8 @@ def _read_array(window: _Window, path: Path) -> Iterator[Item]:
     """Items of a JSON array; an error in its syntax ends it, what follows could be anything."""
     assert window.next_letter() == "["
     window.position += 1
-    decode, mark = json.JSONDecoder().raw_decode, ","
-    if window.next_letter() == "]":
-        mark = "]"
+    decode = json.JSONDecoder().raw_decode
+    mark = "]" if window.next_letter() == "]" else ","
     while mark == ",":
         window.next_letter()
         fault = None
@@ -225,9 +224,19 @@ def row_texts(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     return texts
 
 
-def refuse(path: Path, line: int, err: DataError | PromptError) -> DataError:
-    """The error of a bad row with its file and line."""
-    return DataError(f"{path}:{line}: {err} (data.skip_bad=true skips such rows and counts them)")
+def used_items(path: Path, encoding: str, use: Callable[[Any], Any], skip_bad: bool) -> Iterator[Item]:
+    """(line, size, use(item)) of each item of a file; with skip_bad an error of `use` stands there as it is.
+
+    Raises DataError with file and line for it otherwise.
+    """
+    for line, size, item in read_items(path, encoding):
+        try:
+            used = use(item)
+        except (DataError, PromptError) as err:
+            if not skip_bad:
+                raise DataError(f"{path}:{line}: {err} (data.skip_bad=true skips such rows and counts them)") from err
+            used = err
+        yield line, size, used
 
 
 def read_rows(paths: Sequence[str | Path], data: DataConfig) -> Iterator[dict[str, Any]]:
@@ -235,15 +244,13 @@ def read_rows(paths: Sequence[str | Path], data: DataConfig) -> Iterator[dict[st
 
     Raises DataError with file and line for a bad row, or leaves it out if data.skip_bad.
     """
+    def check(item: Any) -> dict[str, Any]:
+        if is_adgen(item, data.origin_columns):
+            row_texts(item, data.origin_columns)
+        else:
+            conversation_messages(item)
+        return item
+
     for path in map(Path, paths):
-        for line, _, item in read_items(path, file_encoding(path)):
-            try:
-                if is_adgen(item, data.origin_columns):
-                    row_texts(item, data.origin_columns)
-                else:
-                    conversation_messages(item)
-            except (DataError, PromptError) as err:
-                if not data.skip_bad:
-                    raise refuse(path, line, err) from err
-                continue
-            yield item
+        rows = (row for _, _, row in used_items(path, file_encoding(path), check, data.skip_bad))
+        yield from (row for row in rows if not isinstance(row, Exception))
