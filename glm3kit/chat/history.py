@@ -168,6 +168,6 @@ class Conversation:
         with self._change("cannot load a conversation"):
             self._begin(history)
 
-    def transcript(self) -> str:
-        """The history as JSON text."""
-        return transcript.to_json(self.history)
+    def transcript(self, form: str = "json") -> str:
+        """The history as a text: "json", or "md" for Markdown."""
+        return {"json": transcript.to_json, "md": transcript.to_markdown}[form](self.history)

@@ -59,7 +59,7 @@ class ChatSession(Conversation):
         self.functions = {item.name: item for item in registered}
         if len(self.functions) < len(registered):
             raise PromptError(f"two tools have one name: {', '.join(item.name for item in registered)}; rename one")
-        self._ask_first = False
+        self.ask_first = False  # see set_ask_first
         self._state = threading.Lock()  # history and pending change together
         super().__init__(system, [item.to_dict() if isinstance(item, Tool) else item for item in tools or []])
 
@@ -125,14 +125,9 @@ class ChatSession(Conversation):
 
     # how it goes on
 
-    @property
-    def ask_first(self) -> bool:
-        """Whether whoever shows the session asks a person before a tool is run; may be assigned."""
-        return self._ask_first
-
-    @ask_first.setter
-    def ask_first(self, ask_first: bool) -> None:
-        self._ask_first = ask_first
+    def set_ask_first(self, ask_first: bool) -> None:
+        """Whether whoever shows the session asks a person before a tool is run."""
+        self.ask_first = ask_first
         self._tell()
 
     def set_sampling(self, **options: Any) -> None:

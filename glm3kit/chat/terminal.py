@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from glm3kit.chat.session import SPEAKERS, ChatSession
-from glm3kit.chat.transcript import to_markdown
 from glm3kit.errors import Glm3KitError
 from glm3kit.files import atomic_write
 
@@ -94,8 +93,7 @@ def talk(session: ChatSession, read: Callable[[str], str] = input) -> None:
             elif command in ("/auto", "/ask"):
                 session.ask_first = command == "/ask"
             elif command == "/save" and argument:
-                atomic_write(argument, to_markdown(session.history) if argument.endswith(".md") else
-                             session.transcript())
+                atomic_write(argument, session.transcript("md" if argument.endswith(".md") else "json"))
             elif command == "/open" and argument:
                 session.load(Path(argument).read_text(encoding="utf-8"))
             elif command.startswith("/"):

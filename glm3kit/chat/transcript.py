@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from glm3kit.errors import DataError
+from glm3kit.text.messages import Message
 from glm3kit.text.tokenizer import ROLES, as_text, check_text
 
 _HEADING = re.compile(rf"^## ({'|'.join(ROLES)})(?: · (.*))?$")
@@ -51,10 +52,7 @@ def _check(message: Any, number: int) -> dict[str, Any]:
         raise DataError(f"message {number} ({role}): 'metadata' is {str(metadata)[:40]!r}, expected a tool's name")
     for text in (as_text(content), metadata):
         check_text(text)
-    kept = {"role": role, "content": content}
-    if role == "assistant":
-        kept = {"role": role, "metadata": metadata, "content": content}
-    return kept | ({"tools": message["tools"]} if role == "system" and message.get("tools") is not None else {})
+    return Message(role, content, metadata, message.get("tools") if role == "system" else None).to_dict()
 
 
 def _read_markdown(text: str) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ import anywidget
 import traitlets
 from pydantic import ValidationError
 
-from glm3kit.chat import interpreter, transcript
+from glm3kit.chat import interpreter
 from glm3kit.chat.session import ChatSession
 from glm3kit.config.groups import GenerateConfig
 from glm3kit.errors import ConfigError, Glm3KitError, PromptError
@@ -114,8 +114,8 @@ class ChatWidget(anywidget.AnyWidget):
     def __init__(self, session: ChatSession):
         super().__init__()
         self.session = session
-        self._drawing, self._planning = threading.Lock(), threading.Lock()
-        self._planned: threading.Timer | None = None
+        self._drawing = threading.Lock()
+        self._planned = threading.Lock()  # held while a timer waits to draw
         self._drawn = 0.0  # seconds, of time.monotonic
         self.draw()
         self._end = session.observe(self._draw_soon)
@@ -142,16 +142,13 @@ class ChatWidget(anywidget.AnyWidget):
     def _draw_soon(self) -> None:
         """Draw after every change, but not more often than each REFRESH_S."""
         def due() -> None:
-            with self._planning:
-                self._planned = None
+            self._planned.release()
             self.draw()
 
-        with self._planning:
-            if self._planned is None:
-                wait_s = max(0.0, self._drawn + REFRESH_S - time.monotonic())
-                self._planned = threading.Timer(wait_s, due)
-                self._planned.daemon = True
-                self._planned.start()
+        if self._planned.acquire(blocking=False):  # else it will be drawn anyway
+            timer = threading.Timer(max(0.0, self._drawn + REFRESH_S - time.monotonic()), due)
+            timer.daemon = True
+            timer.start()
 
     # what the page may ask for
 
@@ -163,7 +160,7 @@ class ChatWidget(anywidget.AnyWidget):
             "run_tool": self._speaking(lambda: session.stream_tools(rounds=1)),
             "observe_cell": self._speaking(session.stream_cell), "watch_cells": interpreter.watch, "stop": session.stop,
             "rewrite": session.rewrite, "undo": self._undo, "clear": session.clear, "set_system": session.set_system,
-            "set_sampling": self._set_sampling, "set_ask_first": self._set_ask_first, "save": self._save,
+            "set_sampling": self._set_sampling, "set_ask_first": session.set_ask_first, "save": self._save,
             "load": session.load}
         self.note = ""
         try:
@@ -201,12 +198,8 @@ class ChatWidget(anywidget.AnyWidget):
             raise ConfigError("; ".join(f"{fault['loc'][0]}: {fault['msg']}" for fault in err.errors())) from err
         self.session.set_sampling(**{key: getattr(checked, key) for key in options})
 
-    def _set_ask_first(self, ask_first: bool) -> None:
-        self.session.ask_first = ask_first
-
     def _save(self, form: str) -> None:
-        write = {"json": transcript.to_json, "md": transcript.to_markdown}[form]
-        self.send({"file": f"chat.{form}", "text": write(self.session.history)})
+        self.send({"file": f"chat.{form}", "text": self.session.transcript(form)})
 
 
 def chat_widget(session: ChatSession) -> ChatWidget:
