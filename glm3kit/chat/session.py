@@ -16,7 +16,7 @@ from glm3kit.chat import interpreter
 from glm3kit.chat.history import Conversation, History, fit_prompt
 from glm3kit.chat.tools import TIMEOUT_S, Tool, cut, run_call
 from glm3kit.errors import Glm3KitError, PromptError
-from glm3kit.text.answers import ASSISTANT, answer_texts, code_block, last_call, last_name, process_response
+from glm3kit.text.answers import ASSISTANT, answer_texts, code_block, last_call, process_response
 from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 
 SPEAKERS = ("user", "system", "observation")  # the roles that speak to the model; it answers as "assistant"
@@ -110,8 +110,9 @@ class ChatSession(Conversation):
     @property
     def pending_code(self) -> str | None:
         """Code with which the model answered last, for the user to run: its message is named `interpreter`."""
-        name, text = last_name(self.history)
-        return code_block(text) if name == INTERPRETER and name not in self.functions else None
+        call = last_call(self.history)
+        is_code = call is not None and call["name"] == INTERPRETER and INTERPRETER not in self.functions
+        return code_block(self.history[-1]["content"]) if is_code else None
 
     @property
     def pending_call(self) -> dict[str, Any] | None:

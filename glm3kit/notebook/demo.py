@@ -82,18 +82,13 @@ def run_notebook(path: Path, output: Path, bar: tqdm) -> NotebookNode:
     return notebook
 
 
-def _size(path: Path) -> str:
-    size = path.stat().st_size
-    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
-
-
 def _index(output: Path, notebooks: dict[str, tuple[str, float]], minutes: float) -> str:
     """The page that links everything; notebooks: file stem -> (title, seconds)."""
     pages = [f'<tr><td><a href="{stem}.html">{html.escape(title)}</a></td><td><a href="{stem}.ipynb">ipynb</a></td>'
              f'<td class="number">{seconds:.0f} s</td></tr>' for stem, (title, seconds) in notebooks.items()]
     made = sorted(path for path in output.iterdir() if path.is_file() and path.stem not in notebooks)
     files = [f'<tr><td><a href="{html.escape(path.name)}">{html.escape(path.name)}</a></td>'
-             f'<td class="number">{_size(path)}</td></tr>' for path in made]
+             f'<td class="number">{tqdm.format_sizeof(path.stat().st_size, "B")}</td></tr>' for path in made]
     picture = ""
     if (output / "loss.png").exists():
         picture = '<h2>The loss · 损失曲线</h2>\n<a href="loss.png"><img src="loss.png" alt="loss of every step"></a>\n'

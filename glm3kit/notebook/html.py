@@ -81,14 +81,9 @@ def _cell(value: object) -> str:
     return f"{value:,}" if type(value) is int else str(value)
 
 
-def _width(text: str) -> int:
-    """Columns that a text takes in a terminal: Chinese characters take two."""
-    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
-
-
-def _pad(text: str, width: int, right: bool) -> str:
-    space = " " * (width - _width(text))
-    return space + text if right else text + space
+def _wide(text: str) -> int:
+    """How many characters of a text take two columns in a terminal, as Chinese ones do."""
+    return sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
 
 
 def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None, caption: str = "") -> Html:
@@ -111,9 +106,9 @@ def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = Non
     html = f'{STYLE}<table class="glm3kit-table">{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
     lines = [columns, *([" ".join(text.split()) for text in line] for line in cells)]  # a row is one line
-    widths = [max(_width(text) for text in column) for column in zip(*lines, strict=True)]
+    widths = [max(len(text) + _wide(text) for text in column) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
-    text = "\n".join("  ".join(_pad(text, width, right) for text, width, right
+    text = "\n".join("  ".join(f"{text:{'>' if right else '<'}{width - _wide(text)}}" for text, width, right
                                in zip(line, widths, numeric, strict=True)).rstrip() for line in lines)
     return Html(html, f"{caption}\n{text}" if caption else text)
 
