@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,7 @@ class Batches:
         self.tokens, self.batch_size, self.seq_length, self.pad_id = tokens, batch_size, seq_length, pad_id
         self.seed, self.rank, self.epochs, self.shuffle, self.start_step = seed, rank, epochs, shuffle, start_step
         self.lengths = np.array([*sorted(n for n in bucket_lengths if n < seq_length), seq_length])
-        self._order_of: tuple[int, np.ndarray] | None = None  # the epoch that was drawn from last, and its order
+        self._order = lru_cache(maxsize=1)(self._draw_order)  # of the epoch that was drawn from last
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.epochs
@@ -118,12 +119,9 @@ class Batches:
         """The epoch, from 0, that a step from 0 belongs to."""
         return step // self.steps_per_epoch
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if self._order_of is None or self._order_of[0] != epoch:
-            rows = len(self.sizes)
-            order = np.random.default_rng([self.seed, epoch]).permutation(rows) if self.shuffle else np.arange(rows)
-            self._order_of = epoch, order
-        return self._order_of[1]
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        rows = len(self.sizes)
+        return np.random.default_rng([self.seed, epoch]).permutation(rows) if self.shuffle else np.arange(rows)
 
     def batch(self, step: int) -> tuple[np.ndarray, ...]:
         """The batch of this rank at a step from 0: input_ids, labels and, if packed, segment_ids."""

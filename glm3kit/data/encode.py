@@ -121,9 +121,18 @@ class _Encoding:
                     "seq_length": self.seq_length} | self.data.model_dump(mode="json", include=SETTINGS)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
-    def _conversation(self, item: Mapping[str, Any]) -> tuple[Encoded, int, int]:
-        """A conversation encoded and cut, and how many of its tokens do not and do carry loss before cutting."""
-        ids, mask = conversation_ids(item, self.tokenizer, self.data.tools_indent)
+    def _prepare(self, item: Any) -> list[str] | tuple[Encoded, int, int]:
+        """Texts of an ADGEN row, to be encoded with those of others; or a conversation, encoded and cut.
+
+        With the latter, how many of its tokens do not and do carry loss before cutting.
+        """
+        data = self.data
+        if is_adgen(item, data.origin_columns):
+            if data.max_source_length + data.max_target_length + 1 > self.seq_length:  # no fault of this row
+                raise ConfigError(f"data.{data.row_rule} tokens, more than seq_length {self.seq_length}; lower the "
+                                  "lengths in data or raise seq_length")
+            return row_texts(item, data.origin_columns)
+        ids, mask = conversation_ids(item, self.tokenizer, data.tools_indent)
         answers = sum(mask)
         encoded = _cut(ids, mask, self.seq_length)
         if not answers:
@@ -132,16 +141,6 @@ class _Encoding:
             raise DataError(f"no answer begins within the window: it has {self.seq_length} tokens, the row "
                             f"{len(ids)}; raise max_seq_length, or shorten or remove the row")
         return encoded, len(ids) - 1 - answers, answers
-
-    def _prepare(self, item: Any) -> list[str] | tuple[Encoded, int, int]:
-        """Texts of an ADGEN row, to be encoded with those of others; or a conversation, encoded."""
-        data = self.data
-        if not is_adgen(item, data.origin_columns):
-            return self._conversation(item)
-        if data.max_source_length + data.max_target_length + 1 > self.seq_length:  # no fault of this row
-            raise ConfigError(f"data.{data.row_rule} tokens, more than seq_length {self.seq_length}; lower the "
-                              "lengths in data or raise seq_length")
-        return row_texts(item, data.origin_columns)
 
     def _rows(self, progress: bool) -> Iterator[list[tuple[int, int, Any]]]:
         """(file, line, row) of all files, some at a time, checked and ready to encode."""

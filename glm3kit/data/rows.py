@@ -197,15 +197,13 @@ def is_adgen(item: Any, columns: tuple[str, str]) -> bool:
         raise item
     if not isinstance(item, dict):
         raise DataError(f"not an object: got {type(item).__name__} {str(item)[:40]!r}")
-    source, target = columns
-    if source in item and target in item:
-        return True
-    if "conversations" in item:
+    there = [column in item for column in columns]
+    if "conversations" in item and not all(there):
         return False
-    if source in item or target in item:
-        return True  # its other column is missing, which is said where the texts are taken
-    raise DataError(f"neither kind of row: it has {', '.join(map(repr, item)) or 'no columns'}, expected {source!r} "
-                    f"and {target!r} (data.origin_columns), or 'conversations'")
+    if any(there):  # if the other column is missing, that is said where the texts are taken
+        return True
+    raise DataError(f"neither kind of row: it has {', '.join(map(repr, item)) or 'no columns'}, expected "
+                    f"{columns[0]!r} and {columns[1]!r} (data.origin_columns), or 'conversations'")
 
 
 def row_texts(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:

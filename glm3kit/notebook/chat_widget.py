@@ -57,14 +57,6 @@ def shown_message(message: Mapping[str, Any], at: int, tools: bool, left_out: bo
     return shown
 
 
-def _shown_call(session: ChatSession) -> dict[str, Any] | None:
-    call = session.pending_call
-    if call is None:
-        return None
-    arguments = _pretty(call["parameters"]) if "parameters" in call else None
-    return {"name": call["name"], "arguments": arguments, "reason": call.get("reason"), "runs": session.can_run(call)}
-
-
 def _shown_error(error: Exception | None) -> dict[str, str] | None:
     """The reason, and where it comes from unless it is one of our own errors, whose message says it all."""
     if error is None:
@@ -87,14 +79,17 @@ def shown_state(session: ChatSession) -> dict[str, Any]:
     except PromptError:  # a history that was assigned and cannot be said; the next reply reports it
         used = None
     unsent = session.unsent and {"role": session.unsent["role"], "text": as_text(session.unsent["content"])}
-    idle = not session.busy
+    busy = session.busy
+    call, code = (None, None) if busy else (session.pending_call, session.pending_code)
+    if call is not None:
+        call = {"name": call["name"], "arguments": _pretty(call["parameters"]) if "parameters" in call else None,
+                "reason": call.get("reason"), "runs": session.can_run(call)}
     return {
-        "busy": not idle, "running": session.running_tool, "error": _shown_error(session.error), "unsent": unsent,
+        "busy": busy, "running": session.running_tool, "error": _shown_error(session.error), "unsent": unsent,
         "used": used, "window": session.seq_length, "left_out": session.left_out,
         "reply_tokens": len(session.last_reply_ids), "speed": round(session.tokens_per_second, 1),
         "system": session.system, "sampling": session.sampling, "ask_first": session.ask_first,
-        "tools": _shown_tools(session), "call": _shown_call(session) if idle else None,
-        "code": session.pending_code if idle else None,
+        "tools": _shown_tools(session), "call": call, "code": code,
     }
 
 
@@ -203,9 +198,8 @@ class ChatWidget(anywidget.AnyWidget):
 
 
 def chat_widget(session: ChatSession) -> ChatWidget:
-    """Return a chat cell for a session: messages, roles, tools, settings, and what else a conversation needs.
+    """Return a chat cell for a session; another one for the same session shows the same conversation.
 
-    Displaying it again, or calling this again after the page was reloaded, shows the same conversation.
     Example: chat_widget(ChatSession(tokenizer, net.conversation()))
     """
     return ChatWidget(session)
