@@ -44,8 +44,7 @@ class Watch:
         shell.events.register("post_run_cell", self._end)
 
     def _begin(self, info: Any) -> None:
-        self._kept = io.StringIO()
-        self._streams = sys.stdout, sys.stderr
+        self._kept, self._streams = io.StringIO(), (sys.stdout, sys.stderr)
         sys.stdout, sys.stderr = (_Copy(stream, self._kept) for stream in self._streams)
 
     def _end(self, result: Any) -> None:

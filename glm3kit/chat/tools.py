@@ -12,6 +12,7 @@ import ctypes
 import datetime
 import functools
 import inspect
+import itertools
 import json
 import math
 import operator
@@ -277,11 +278,6 @@ def find_products(words: list[str], limit: Annotated[int, Field(ge=1, le=10)] = 
     words: what each has to have, such as ["裙", "红色"]
     limit: how many at most
     """
-    found = []
     with TRAIN.open(encoding="utf-8") as rows:  # the rows that come with the kit
-        for row in map(json.loads, rows):
-            if all(word in row["content"] for word in words):
-                found.append({"attributes": row["content"], "text": row["summary"]})
-            if len(found) >= limit:
-                break
-    return found
+        found = (row for row in map(json.loads, rows) if all(word in row["content"] for word in words))
+        return [{"attributes": row["content"], "text": row["summary"]} for row in itertools.islice(found, limit)]

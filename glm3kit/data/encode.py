@@ -105,11 +105,6 @@ class _Encoding:
     def __init__(self, paths: Sequence[str | Path], tokenizer: ChatGLM3Tokenizer, data: DataConfig, seq_length: int):
         self.paths, self.tokenizer, self.data = [Path(path) for path in paths], tokenizer, data
         self.seq_length = seq_length
-        self.digest = self._digest()
-        self.report: dict[str, Any] = {"files": [], "seq_length": seq_length, "rows_read": 0, "skipped": [],
-                                       "cut_answers": 0, "tokens": 0, "answer_tokens": 0}
-
-    def _digest(self) -> str:
         contents = []
         for path in self.paths:
             digest = hashlib.sha256()
@@ -117,9 +112,11 @@ class _Encoding:
                 while block := file.read(1 << 20):
                     digest.update(block)
             contents.append(digest.hexdigest())
-        settings = {"format": FORMAT, "files": contents, "tokenizer": self.tokenizer.digest,
-                    "seq_length": self.seq_length} | self.data.model_dump(mode="json", include=SETTINGS)
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        settings = {"format": FORMAT, "files": contents, "tokenizer": tokenizer.digest,
+                    "seq_length": seq_length} | data.model_dump(mode="json", include=SETTINGS)
+        self.digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        self.report: dict[str, Any] = {"files": [], "seq_length": seq_length, "rows_read": 0, "skipped": [],
+                                       "cut_answers": 0, "tokens": 0, "answer_tokens": 0}
 
     def _prepare(self, item: Any) -> list[str] | tuple[Encoded, int, int]:
         """Texts of an ADGEN row, to be encoded with those of others; or a conversation, encoded and cut.
@@ -161,10 +158,6 @@ class _Encoding:
             report["files"].append({"file": path.name, "encoding": ENCODINGS[encoding],
                                     "rows": report["rows_read"] - read})
 
-    def _encode_texts(self, rows: list[tuple[int, int, Any]]) -> tuple[list[tuple[int, int, Any]], list[np.ndarray]]:
-        """Rows and the ids of their texts, one after the other."""
-        return rows, self.tokenizer.encode_batch([text for _, _, row in rows if isinstance(row, list) for text in row])
-
     def _join_rows(self, rows: list[tuple[int, int, Any]], encoded: list[np.ndarray]) -> EncodedRows:
         """Rows of a batch one after the other."""
         ids, masks, origins = [], [], []
@@ -190,9 +183,13 @@ class _Encoding:
 
     def _batches(self, progress: bool) -> Iterator[EncodedRows]:
         """Encode the files batch by batch; the report is complete when all are drawn."""
+        def with_ids(rows: list[tuple[int, int, Any]]) -> tuple[list, list[np.ndarray]]:
+            texts = [text for _, _, row in rows if isinstance(row, list) for text in row]
+            return rows, self.tokenizer.encode_batch(texts)
+
         origins = [np.empty((0, len(Origins._fields)), int)]
         # SentencePiece works on the next rows while Python joins the last ones
-        for rows, encoded in prefetch(self._encode_texts, self._rows(progress), BATCHES_AHEAD):
+        for rows, encoded in prefetch(with_ids, self._rows(progress), BATCHES_AHEAD):
             batch = self._join_rows(rows, encoded)
             origins.append(np.array(batch.origins))
             yield batch

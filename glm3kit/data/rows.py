@@ -38,15 +38,13 @@ def reason_of(error: str) -> str:
 
 def count_reasons(skipped: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Skipped rows by reason, the most frequent first: {"reason", "rows", "where"}, where as "train.json:3,17"."""
-    places: dict[str, list[tuple[str, int]]] = {}
+    places: dict[str, dict[str, list[int]]] = {}
     for row in skipped:
-        places.setdefault(reason_of(row["reason"]), []).append((row["file"], row["line"]))
-    counted = []
-    for reason, rows in sorted(places.items(), key=lambda entry: -len(entry[1])):
-        files = {file: [line for name, line in rows if name == file] for file, _ in rows}
-        where = " ".join(f"{file}:{','.join(map(str, lines))}" for file, lines in files.items())
-        counted.append({"reason": reason, "rows": len(rows), "where": where})
-    return counted
+        places.setdefault(reason_of(row["reason"]), {}).setdefault(row["file"], []).append(row["line"])
+    counted = [{"reason": reason, "rows": sum(map(len, files.values())),
+                "where": " ".join(f"{file}:{','.join(map(str, lines))}" for file, lines in files.items())}
+               for reason, files in places.items()]
+    return sorted(counted, key=lambda entry: -entry["rows"])
 
 
 def open_data(path: Path) -> BinaryIO:
@@ -174,10 +172,11 @@ def read_items(path: str | Path, encoding: str) -> Iterator[Item]:
     """
     path = Path(path)
     with open_data(path) as file:
-        start = file.read(_BLOCK).removeprefix(codecs.BOM_UTF8).lstrip()
-        file.seek(0)
-        if start.startswith(b"["):
-            text = io.TextIOWrapper(file, "utf-8-sig" if encoding == "utf-8" else encoding)
+        start = file.read(_BLOCK)
+        mark = len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0
+        file.seek(mark)
+        if start[mark:].lstrip().startswith(b"["):
+            text = io.TextIOWrapper(file, encoding)
             try:
                 yield from _read_array(_Window(text), path)
             except UnicodeDecodeError as err:
@@ -185,8 +184,6 @@ def read_items(path: str | Path, encoding: str) -> Iterator[Item]:
                                 " save the file as UTF-8") from err
             return
         for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 yield number, len(line), _read_line(line, encoding)
 

@@ -57,14 +57,6 @@ def shown_message(message: Mapping[str, Any], at: int, tools: bool, left_out: bo
     return shown
 
 
-def _shown_error(error: Exception | None) -> dict[str, str] | None:
-    """The reason, and where it comes from unless it is one of our own errors, whose message says it all."""
-    if error is None:
-        return None
-    trace = "" if isinstance(error, Glm3KitError) else "".join(traceback.format_exception(error))
-    return {"reason": f"{type(error).__name__}: {error}", "trace": trace}
-
-
 def _shown_tools(session: ChatSession) -> list[dict[str, Any]]:
     return [{"name": str(item.get("name", "")), "description": str(item.get("description", "")),
              "schema": _pretty(item.get("parameters")), "runs": item.get("name") in session.functions}
@@ -79,13 +71,17 @@ def shown_state(session: ChatSession) -> dict[str, Any]:
     except PromptError:  # a history that was assigned and cannot be said; the next reply reports it
         used = None
     unsent = session.unsent and {"role": session.unsent["role"], "text": as_text(session.unsent["content"])}
+    error = None
+    if session.error is not None:  # where it comes from, unless it is one of our own errors, whose message says it all
+        trace = "" if isinstance(session.error, Glm3KitError) else "".join(traceback.format_exception(session.error))
+        error = {"reason": f"{type(session.error).__name__}: {session.error}", "trace": trace}
     busy = session.busy
     call, code = (None, None) if busy else (session.pending_call, session.pending_code)
     if call is not None:
         call = {"name": call["name"], "arguments": _pretty(call["parameters"]) if "parameters" in call else None,
                 "reason": call.get("reason"), "runs": session.can_run(call)}
     return {
-        "busy": busy, "running": session.running_tool, "error": _shown_error(session.error), "unsent": unsent,
+        "busy": busy, "running": session.running_tool, "error": error, "unsent": unsent,
         "used": used, "window": session.seq_length, "left_out": session.left_out,
         "reply_tokens": len(session.last_reply_ids), "speed": round(session.tokens_per_second, 1),
         "system": session.system, "sampling": session.sampling, "ask_first": session.ask_first,
