@@ -39,7 +39,6 @@ class Watch:
     def __init__(self, shell: Any):
         self.runs: deque[tuple[str, str]] = deque(maxlen=KEPT)  # source; all printed, with the value or the exception
         self._streams: tuple[Any, Any] | None = None  # sys.stdout and sys.stderr, while a cell runs
-        self._kept = io.StringIO()
         shell.events.register("pre_run_cell", self._begin)
         shell.events.register("post_run_cell", self._end)
 
@@ -96,5 +95,4 @@ def last_run(source: str) -> str:
     runs = list(watched.runs) if watched else []
     if not runs:
         raise Glm3KitError("no cell was run since the model wrote its code; run the new cell first")
-    same = [run for run in runs if run[0].strip() == source.strip()]
-    return (same or runs)[-1][1]
+    return next((output for run, output in reversed(runs) if run.strip() == source.strip()), runs[-1][1])

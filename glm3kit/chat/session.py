@@ -7,7 +7,6 @@ ids of a prompt to an iterator of generated ids, so that a test can script it:
     for text in session.stream("你好"): print(text, end="", flush=True)
 """
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -60,7 +59,6 @@ class ChatSession(Conversation):
         if len(self.functions) < len(registered):
             raise PromptError(f"two tools have one name: {', '.join(item.name for item in registered)}; rename one")
         self.ask_first = False  # see set_ask_first
-        self._state = threading.Lock()  # history and pending change together
         super().__init__(system, [item.to_dict() if isinstance(item, Tool) else item for item in tools or []])
 
     def _begin(self, history: Sequence[dict[str, Any]]) -> None:
@@ -81,10 +79,9 @@ class ChatSession(Conversation):
     @property
     def progress(self) -> tuple[History, History]:
         """The messages that stand, the one being answered included, and the parts of the reply so far."""
-        with self._state:
-            history, pending = self.history, self._pending
+        pending = self._pending
         if pending is None:
-            return list(history), []
+            return list(self.history), []
         said = process_response(pending[1], pending[0])[1]
         return said[:len(pending[0])], said[len(pending[0]):]
 
@@ -171,8 +168,7 @@ class ChatSession(Conversation):
                      timeout_s: float = TIMEOUT_S) -> Iterator[str]:
         """While the newest message calls a tool: run it, say its result as observation, and yield the reply's text.
 
-        Arguments are checked against the tool's signature first. An unknown tool, arguments that do not fit, an
-        exception and no result in time become an observation that says so: the model may try again.
+        What goes wrong becomes an observation that says so, see run_call: the model may try again.
         approve: is shown each call, {"name", "parameters"}; False leaves it unanswered. Default: all are run.
         rounds: how many calls are answered; after that the last one is left, not run.
         timeout_s: of one call; a tool that takes longer is abandoned, see glm3kit.chat.tools.
@@ -300,8 +296,8 @@ class ChatSession(Conversation):
         self.last_reply, history = process_response(self._pending[1], asked)
         for said in history[len(asked):]:  # a call's content was encoded by itself in training: this space is none
             said["content"] = said["content"].removeprefix(" ")
-        with self._state:
-            self.history, self._pending = history, None
+        self.history = history
+        self._pending = None  # in this order: whoever sees no pending reply any more sees it in the history
         self._counted = list(history)
         if self.pending_code is not None:
             interpreter.watch()  # from now on, what the user's cells print is kept

@@ -193,12 +193,9 @@ class _Encoding:
             batch = self._join_rows(rows, encoded)
             origins.append(np.array(batch.origins))
             yield batch
-        self._complete_report(Origins(*np.concatenate(origins).T))
-
-    def _complete_report(self, origins: Origins) -> None:
-        """What the rows' lengths before cutting tell."""
-        adgen, whole = origins.kind == ADGEN, origins.source + origins.target + 1
-        lengths = {"source": origins.source[adgen], "target": origins.target[adgen], "conversation": whole[~adgen]}
+        _, _, kind, source, target = np.concatenate(origins).T  # the lengths are those before cutting
+        adgen, whole = kind == ADGEN, source + target + 1
+        lengths = {"source": source[adgen], "target": target[adgen], "conversation": whole[~adgen]}
         self.report |= {
             "rows_kept": len(whole), "rows_skipped": len(self.report["skipped"]), "adgen_rows": int(adgen.sum()),
             "conversations": int((~adgen).sum()),
@@ -220,9 +217,8 @@ def encode_files(paths: Sequence[str | Path], tokenizer: ChatGLM3Tokenizer, data
     The report of the token file counts rows read, kept, skipped (with file, line and reason) and cut, tokens and tokens
     of answers, and describes the lengths before cutting: "source" (with `[gMASK] sop`), "target" (without eos),
     "conversation". cut_answers: rows that lost a part of an answer, of either kind.
-    Raises DataError with file and line for a line that is no JSON, a row that is neither form, a missing or blank
-    column, a malformed conversation, or one without an answer in its first seq_length tokens; with data.skip_bad such
-    rows are skipped and counted.
+    Raises DataError with file and line for a row that cannot be used, also a conversation without an answer in its
+    first seq_length tokens; with data.skip_bad such rows are skipped and counted.
     """
     return _Encoding(paths, tokenizer, data, seq_length).token_file(Path(destination), progress)
 

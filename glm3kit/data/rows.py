@@ -164,13 +164,12 @@ def _read_line(line: bytes, encoding: str) -> Any:
     return DataError(f"{fault} {line[:40].decode(encoding, 'replace')!r}")
 
 
-def read_items(path: str | Path, encoding: str) -> Iterator[Item]:
+def read_items(path: Path, encoding: str) -> Iterator[Item]:
     """What stands in a file of JSON lines or of one JSON array, in `encoding`, a block of the file at a time.
 
     Yields (line, size, item). size: bytes, or characters of an array. item: a DataError for a line that is no JSON.
     Raises DataError with file and line if the syntax of an array is broken.
     """
-    path = Path(path)
     with open_data(path) as file:
         start = file.read(_BLOCK)
         mark = len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0

@@ -57,24 +57,22 @@ def shown_message(message: Mapping[str, Any], at: int, tools: bool, left_out: bo
     return shown
 
 
-def _shown_tools(session: ChatSession) -> list[dict[str, Any]]:
-    return [{"name": str(item.get("name", "")), "description": str(item.get("description", "")),
-             "schema": _pretty(item.get("parameters")), "runs": item.get("name") in session.functions}
-            if isinstance(item, Mapping) else
-            {"name": as_text(item), "description": "", "schema": "", "runs": False} for item in session.tools]
-
-
 def shown_state(session: ChatSession) -> dict[str, Any]:
     """All of a session but its messages, as the page shows it."""
     try:
         used = session.context_used
     except PromptError:  # a history that was assigned and cannot be said; the next reply reports it
         used = None
-    unsent = session.unsent and {"role": session.unsent["role"], "text": as_text(session.unsent["content"])}
-    error = None
-    if session.error is not None:  # where it comes from, unless it is one of our own errors, whose message says it all
-        trace = "" if isinstance(session.error, Glm3KitError) else "".join(traceback.format_exception(session.error))
-        error = {"reason": f"{type(session.error).__name__}: {session.error}", "trace": trace}
+    error, unsent = session.error, session.unsent  # read once: another thread may begin a reply
+    if unsent is not None:
+        unsent = {"role": unsent["role"], "text": as_text(unsent["content"])}
+    if error is not None:  # where it comes from, unless it is one of our own errors, whose message says it all
+        trace = "" if isinstance(error, Glm3KitError) else "".join(traceback.format_exception(error))
+        error = {"reason": f"{type(error).__name__}: {error}", "trace": trace}
+    described = [item if isinstance(item, Mapping) else {"name": as_text(item)} for item in session.tools]
+    tools = [{"name": str(item.get("name", "")), "description": str(item.get("description", "")),
+              "schema": _pretty(item["parameters"]) if "parameters" in item else "",
+              "runs": item.get("name") in session.functions} for item in described]
     busy = session.busy
     call, code = (None, None) if busy else (session.pending_call, session.pending_code)
     if call is not None:
@@ -85,7 +83,7 @@ def shown_state(session: ChatSession) -> dict[str, Any]:
         "used": used, "window": session.seq_length, "left_out": session.left_out,
         "reply_tokens": len(session.last_reply_ids), "speed": round(session.tokens_per_second, 1),
         "system": session.system, "sampling": session.sampling, "ask_first": session.ask_first,
-        "tools": _shown_tools(session), "call": call, "code": code,
+        "tools": tools, "call": call, "code": code,
     }
 
 
