@@ -23,7 +23,6 @@ from glm3kit.data.token_file import (
     CONVERSATION,
     FORMAT,
     EncodedRows,
-    Origins,
     TokenFile,
     pad_row,
     shift_labels,
@@ -187,12 +186,14 @@ class _Encoding:
             texts = [text for _, _, row in rows if isinstance(row, list) for text in row]
             return rows, self.tokenizer.encode_batch(texts)
 
-        origins = [np.empty((0, len(Origins._fields)), int)]
+        origins: list[np.ndarray] = []
         # SentencePiece works on the next rows while Python joins the last ones
         for rows, encoded in prefetch(with_ids, self._rows(progress), BATCHES_AHEAD):
             batch = self._join_rows(rows, encoded)
             origins.append(np.array(batch.origins))
             yield batch
+        if not origins:  # there is nothing to count
+            return
         _, _, kind, source, target = np.concatenate(origins).T  # the lengths are those before cutting
         adgen, whole = kind == ADGEN, source + target + 1
         lengths = {"source": source[adgen], "target": target[adgen], "conversation": whole[~adgen]}

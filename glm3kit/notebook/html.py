@@ -55,15 +55,13 @@ def token_table(ids: Sequence[int], labels: Sequence[int], tokenizer: ChatGLM3To
     if answers and answers[-1] != IGNORE_INDEX:
         tokens.append(answers[-1])  # predicted by the last token, not in the row itself
     marked = [False, *(answer != IGNORE_INDEX for answer in answers)][:len(tokens)]
-    shown = len(tokens)
-    while shown and tokens[shown - 1] == tokenizer.pad_id and not marked[shown - 1]:
-        shown -= 1
+    shown = max((i + 1 for i in range(len(tokens)) if tokens[i] != tokenizer.pad_id or marked[i]), default=0)
     spans, words = [], []
-    for position in range(shown):
-        piece, loss = tokenizer.piece(tokens[position]), marked[position]
+    for position, (token, loss) in enumerate(zip(tokens[:shown], marked[:shown], strict=True)):
+        piece = tokenizer.piece(token)
         tag, note = ("mark", "carries loss") if loss else ("span", "no loss")
-        spans.append(f'<{tag} class="glm3kit-token" role="listitem" title="position {position}, id {tokens[position]}, '
-                     f'{note}">{escape(piece)}</{tag}>')
+        spans.append(f'<{tag} class="glm3kit-token" role="listitem" title="position {position}, id {token}, {note}">'
+                     f'{escape(piece)}</{tag}>')
         words.append(f"*{piece}*" if loss else piece)
     padding = f", then {len(tokens) - shown} of padding" if shown < len(tokens) else ""
     count = f"{sum(marked)} carry loss"
@@ -94,8 +92,8 @@ def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = Non
     """
     rows = list(rows)
     columns = list(columns if columns is not None else dict.fromkeys(key for row in rows for key in row))
-    numeric = [any(type(row.get(column)) in (int, float) for row in rows)
-               and all(type(row.get(column)) in (int, float, type(None)) for row in rows) for column in columns]
+    kinds = [{type(row.get(column)) for row in rows} - {type(None)} for column in columns]
+    numeric = [bool(kind) and kind <= {int, float} for kind in kinds]
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
 
     classes = [' class="glm3kit-number"' if right else "" for right in numeric]

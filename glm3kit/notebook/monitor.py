@@ -72,19 +72,17 @@ class ProgressReader:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.records = NewRecords(job.folder / "metrics.jsonl")
-        self.last: dict[str, Any] = {}
-        self.step_times_ms: deque[float] = deque(maxlen=SPEED_STEPS)
+        self.recent: deque[dict[str, Any]] = deque(maxlen=SPEED_STEPS)
 
     def read(self) -> Progress:
         """The job as it is now. Raises JobError if its folder holds none any more."""
         state = self.job.state()
-        for record in self.records.read():
-            self.last = record
-            self.step_times_ms.append(record.get("step_time_ms") or 0)
-        last, total = self.last, self.last.get("total_steps")
-        left_s = None
-        if state["state"] in LIVE and total and any(self.step_times_ms):
-            left_s = (total - last["step"]) * statistics.mean(self.step_times_ms) / 1000
+        self.recent.extend(self.records.read())
+        last = self.recent[-1] if self.recent else {}
+        times_ms = [record.get("step_time_ms") or 0 for record in self.recent]
+        total, left_s = last.get("total_steps"), None
+        if state["state"] in LIVE and total and any(times_ms):
+            left_s = (total - last["step"]) * statistics.mean(times_ms) / 1000
         ranks, nodes = _job_ranks(self.job.folder, state), state.get("plan", {}).get("nodes", 1)
         for node in range(1, nodes):  # the jobs of the other machines are inside of this one's folder
             other = Job(self.job.folder / f"node_{node}")
