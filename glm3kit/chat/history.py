@@ -14,7 +14,7 @@ from typing import Any
 
 from glm3kit.chat import transcript
 from glm3kit.errors import Glm3KitError, PromptError
-from glm3kit.text.messages import TOOLS_PROMPT
+from glm3kit.text.messages import TOOLS_PROMPT, Message
 from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 
 History = list[dict[str, Any]]  # messages: {"role", "content"[, "metadata", "tools"]}
@@ -73,8 +73,7 @@ class Conversation:
     def _system_turn(self, text: str | None) -> History:
         if text is None and not self.tools:
             return []
-        turn = {"role": "system", "content": TOOLS_PROMPT if text is None else text}
-        return [turn | ({"tools": self.tools} if self.tools else {})]
+        return [Message("system", TOOLS_PROMPT if text is None else text, tools=self.tools or None).to_dict()]
 
     def _begin(self, history: Sequence[dict[str, Any]]) -> None:
         """Go on from another history."""
@@ -168,6 +167,6 @@ class Conversation:
         with self._change("cannot load a conversation"):
             self._begin(history)
 
-    def transcript(self) -> str:
-        """The history as JSON text."""
-        return transcript.to_json(self.history)
+    def transcript(self, form: str = "json") -> str:
+        """The history as a text: "json", or "md" for Markdown."""
+        return {"json": transcript.to_json, "md": transcript.to_markdown}[form](self.history)

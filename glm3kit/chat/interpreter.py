@@ -10,21 +10,12 @@ import io
 import sys
 import threading
 from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
 from glm3kit.errors import Glm3KitError
 
 KEPT = 20  # runs of cells
 MAX_KEPT = 1_000_000  # characters of one run
-
-
-@dataclass(frozen=True)
-class Run:
-    """A cell that was run: its source, and all that it printed, its value or its exception included."""
-
-    source: str
-    output: str
 
 
 class _Copy:
@@ -46,15 +37,13 @@ class Watch:
     """What the cells of one IPython shell print, from now on."""
 
     def __init__(self, shell: Any):
-        self.runs: deque[Run] = deque(maxlen=KEPT)
+        self.runs: deque[tuple[str, str]] = deque(maxlen=KEPT)  # source; all printed, with the value or the exception
         self._streams: tuple[Any, Any] | None = None  # sys.stdout and sys.stderr, while a cell runs
-        self._kept = io.StringIO()
         shell.events.register("pre_run_cell", self._begin)
         shell.events.register("post_run_cell", self._end)
 
     def _begin(self, info: Any) -> None:
-        self._kept = io.StringIO()
-        self._streams = sys.stdout, sys.stderr
+        self._kept, self._streams = io.StringIO(), (sys.stdout, sys.stderr)
         sys.stdout, sys.stderr = (_Copy(stream, self._kept) for stream in self._streams)
 
     def _end(self, result: Any) -> None:
@@ -68,7 +57,7 @@ class Watch:
             ending = f"{type(error).__name__}: {error}"
         if not output.rstrip().endswith(ending):  # IPython in a terminal has printed it already
             output += f"{ending}\n"
-        self.runs.append(Run(result.info.raw_cell, output))
+        self.runs.append((result.info.raw_cell, output))
 
 
 _lock = threading.Lock()
@@ -106,5 +95,4 @@ def last_run(source: str) -> str:
     runs = list(watched.runs) if watched else []
     if not runs:
         raise Glm3KitError("no cell was run since the model wrote its code; run the new cell first")
-    same = [run for run in runs if run.source.strip() == source.strip()]
-    return (same or runs)[-1].output
+    return next((output for run, output in reversed(runs) if run.strip() == source.strip()), runs[-1][1])

@@ -7,7 +7,6 @@ ids of a prompt to an iterator of generated ids, so that a test can script it:
     for text in session.stream("你好"): print(text, end="", flush=True)
 """
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from glm3kit.chat import interpreter
 from glm3kit.chat.history import Conversation, History, fit_prompt
 from glm3kit.chat.tools import TIMEOUT_S, Tool, cut, run_call
 from glm3kit.errors import Glm3KitError, PromptError
-from glm3kit.text.answers import ASSISTANT, answer_texts, code_block, last_call, last_name, process_response
+from glm3kit.text.answers import ASSISTANT, answer_texts, code_block, last_call, process_response
 from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 
 SPEAKERS = ("user", "system", "observation")  # the roles that speak to the model; it answers as "assistant"
@@ -59,8 +58,7 @@ class ChatSession(Conversation):
         self.functions = {item.name: item for item in registered}
         if len(self.functions) < len(registered):
             raise PromptError(f"two tools have one name: {', '.join(item.name for item in registered)}; rename one")
-        self._ask_first = False
-        self._state = threading.Lock()  # history and pending change together
+        self.ask_first = False  # see set_ask_first
         super().__init__(system, [item.to_dict() if isinstance(item, Tool) else item for item in tools or []])
 
     def _begin(self, history: Sequence[dict[str, Any]]) -> None:
@@ -81,10 +79,9 @@ class ChatSession(Conversation):
     @property
     def progress(self) -> tuple[History, History]:
         """The messages that stand, the one being answered included, and the parts of the reply so far."""
-        with self._state:
-            history, pending = self.history, self._pending
+        pending = self._pending
         if pending is None:
-            return list(history), []
+            return list(self.history), []
         said = process_response(pending[1], pending[0])[1]
         return said[:len(pending[0])], said[len(pending[0]):]
 
@@ -110,8 +107,9 @@ class ChatSession(Conversation):
     @property
     def pending_code(self) -> str | None:
         """Code with which the model answered last, for the user to run: its message is named `interpreter`."""
-        name, text = last_name(self.history)
-        return code_block(text) if name == INTERPRETER and name not in self.functions else None
+        call = last_call(self.history)
+        is_code = call is not None and call["name"] == INTERPRETER and INTERPRETER not in self.functions
+        return code_block(self.history[-1]["content"]) if is_code else None
 
     @property
     def pending_call(self) -> dict[str, Any] | None:
@@ -125,14 +123,9 @@ class ChatSession(Conversation):
 
     # how it goes on
 
-    @property
-    def ask_first(self) -> bool:
-        """Whether whoever shows the session asks a person before a tool is run; may be assigned."""
-        return self._ask_first
-
-    @ask_first.setter
-    def ask_first(self, ask_first: bool) -> None:
-        self._ask_first = ask_first
+    def set_ask_first(self, ask_first: bool) -> None:
+        """Whether whoever shows the session asks a person before a tool is run."""
+        self.ask_first = ask_first
         self._tell()
 
     def set_sampling(self, **options: Any) -> None:
@@ -175,8 +168,7 @@ class ChatSession(Conversation):
                      timeout_s: float = TIMEOUT_S) -> Iterator[str]:
         """While the newest message calls a tool: run it, say its result as observation, and yield the reply's text.
 
-        Arguments are checked against the tool's signature first. An unknown tool, arguments that do not fit, an
-        exception and no result in time become an observation that says so: the model may try again.
+        What goes wrong becomes an observation that says so, see run_call: the model may try again.
         approve: is shown each call, {"name", "parameters"}; False leaves it unanswered. Default: all are run.
         rounds: how many calls are answered; after that the last one is left, not run.
         timeout_s: of one call; a tool that takes longer is abandoned, see glm3kit.chat.tools.
@@ -304,8 +296,8 @@ class ChatSession(Conversation):
         self.last_reply, history = process_response(self._pending[1], asked)
         for said in history[len(asked):]:  # a call's content was encoded by itself in training: this space is none
             said["content"] = said["content"].removeprefix(" ")
-        with self._state:
-            self.history, self._pending = history, None
+        self.history = history
+        self._pending = None  # in this order: whoever sees no pending reply any more sees it in the history
         self._counted = list(history)
         if self.pending_code is not None:
             interpreter.watch()  # from now on, what the user's cells print is kept

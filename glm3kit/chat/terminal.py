@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from glm3kit.chat.session import SPEAKERS, ChatSession
-from glm3kit.chat.transcript import to_markdown
 from glm3kit.errors import Glm3KitError
 from glm3kit.files import atomic_write
 
@@ -31,19 +30,8 @@ def _show(deltas: Iterable[str]) -> None:
     print()
 
 
-def _last_words(session: ChatSession) -> None:
-    """Say what the last answer leaves to do, and what the model was not shown."""
-    if session.pending_code is not None:
-        print("[code: it is not run; run it yourself and say its output as /role observation]")
-    elif session.pending_call is not None:
-        call = session.pending_call
-        print(f"[call of {printable(call['name'])}: say its result as /role observation]")
-    if session.left_out:
-        print(f"[the {session.left_out} oldest messages no longer fit: the model does not see them]")
-
-
 def _answer(session: ChatSession, deltas: Iterable[str], read: Callable[[str], str]) -> None:
-    """Show a reply, run the tools that it calls, and show what the model says to that."""
+    """Show a reply, run the tools that it calls, show what the model says to that, and say what is left to do."""
     def approve(call: Mapping[str, Any]) -> bool:
         arguments = json.dumps(call.get("parameters", call.get("reason")), ensure_ascii=False)
         print(f"[call of {printable(call['name'])}: {printable(arguments)}]")
@@ -52,13 +40,12 @@ def _answer(session: ChatSession, deltas: Iterable[str], read: Callable[[str], s
     _show(deltas)
     if session.pending_call is not None and session.can_run(session.pending_call):
         _show(session.stream_tools(approve))
-    _last_words(session)
-
-
-def _tools_text(session: ChatSession) -> str:
-    lines = [f"{item['name']}: {item['description']} {json.dumps(item['parameters'], ensure_ascii=False)}"
-             for item in session.tools]
-    return "\n".join(lines) or "no tools; start with --tools"
+    if session.pending_code is not None:
+        print("[code: it is not run; run it yourself and say its output as /role observation]")
+    elif call := session.pending_call:
+        print(f"[call of {printable(call['name'])}: say its result as /role observation]")
+    if session.left_out:
+        print(f"[the {session.left_out} oldest messages no longer fit: the model does not see them]")
 
 
 def talk(session: ChatSession, read: Callable[[str], str] = input) -> None:
@@ -90,12 +77,14 @@ def talk(session: ChatSession, read: Callable[[str], str] = input) -> None:
             elif command == "/again":
                 _answer(session, session.stream_again(), read)
             elif command == "/tools":
-                print(_tools_text(session))
+                for item in session.tools:
+                    print(f"{item['name']}: {item['description']} {json.dumps(item['parameters'], ensure_ascii=False)}")
+                if not session.tools:
+                    print("no tools; start with --tools")
             elif command in ("/auto", "/ask"):
                 session.ask_first = command == "/ask"
             elif command == "/save" and argument:
-                atomic_write(argument, to_markdown(session.history) if argument.endswith(".md") else
-                             session.transcript())
+                atomic_write(argument, session.transcript("md" if argument.endswith(".md") else "json"))
             elif command == "/open" and argument:
                 session.load(Path(argument).read_text(encoding="utf-8"))
             elif command.startswith("/"):

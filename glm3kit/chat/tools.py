@@ -12,6 +12,7 @@ import ctypes
 import datetime
 import functools
 import inspect
+import itertools
 import json
 import math
 import operator
@@ -67,22 +68,19 @@ class Tool:
 
 def _documentation(function: Callable[..., Any], names: list[str]) -> tuple[str, dict[str, str]]:
     """The description of a function, and of each argument that has a line `name: text` in the docstring."""
-    lines = (inspect.getdoc(function) or "").splitlines()
-    argument = re.compile(rf"\s*({'|'.join(map(re.escape, names))})\s*(?:\([^)]*\))?\s*:\s*(.*)") if names else None
+    argument = re.compile(r"(\w+)\s*(?:\([^)]*\))?\s*:\s*(.*)")
     about: dict[str, str] = {}
     description, current = [], ""
-    for line in lines:
-        match = argument.fullmatch(line) if argument else None
-        if match:
+    for line in map(str.strip, (inspect.getdoc(function) or "").splitlines()):
+        match = argument.fullmatch(line)
+        if match and match[1] in names:
             current = match[1]
             about[current] = match[2]
-        elif not line.strip():
+        elif line and current:
+            about[current] += f" {line}"
+        elif line not in ("Args:", "Arguments:", "Parameters:"):
             current = ""
-            description.append("")
-        elif current:
-            about[current] += " " + line.strip()
-        elif line.strip() not in ("Args:", "Arguments:", "Parameters:"):
-            description.append(line.strip())
+            description.append(line)
     return "\n".join(description).strip(), {name: text.strip() for name, text in about.items()}
 
 
@@ -280,11 +278,6 @@ def find_products(words: list[str], limit: Annotated[int, Field(ge=1, le=10)] = 
     words: what each has to have, such as ["裙", "红色"]
     limit: how many at most
     """
-    found = []
     with TRAIN.open(encoding="utf-8") as rows:  # the rows that come with the kit
-        for row in map(json.loads, rows):
-            if all(word in row["content"] for word in words):
-                found.append({"attributes": row["content"], "text": row["summary"]})
-            if len(found) >= limit:
-                break
-    return found
+        found = (row for row in map(json.loads, rows) if all(word in row["content"] for word in words))
+        return [{"attributes": row["content"], "text": row["summary"]} for row in itertools.islice(found, limit)]

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from glm3kit.errors import DataError
+from glm3kit.text.messages import Message
 from glm3kit.text.tokenizer import ROLES, as_text, check_text
 
 _HEADING = re.compile(rf"^## ({'|'.join(ROLES)})(?: · (.*))?$")
@@ -51,25 +52,21 @@ def _check(message: Any, number: int) -> dict[str, Any]:
         raise DataError(f"message {number} ({role}): 'metadata' is {str(metadata)[:40]!r}, expected a tool's name")
     for text in (as_text(content), metadata):
         check_text(text)
-    kept = {"role": role, "content": content}
-    if role == "assistant":
-        kept = {"role": role, "metadata": metadata, "content": content}
-    return kept | ({"tools": message["tools"]} if role == "system" and message.get("tools") is not None else {})
+    return Message(role, content, metadata, message.get("tools") if role == "system" else None).to_dict()
 
 
 def _read_markdown(text: str) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
-    contents: list[list[str]] = []
     for number, line in enumerate(text.split("\n"), 1):
         heading = _HEADING.match(line)
         if heading:
-            messages.append({"role": heading[1], "metadata": heading[2] or ""})
-            contents.append([])
+            messages.append({"role": heading[1], "metadata": heading[2] or "", "content": []})
         elif messages:
-            contents[-1].append(line)
+            messages[-1]["content"].append(line)
         elif line.strip():
             raise DataError(f"line {number}: {line[:60]!r}, expected JSON or Markdown with a heading, `## user`")
-    for message, lines in zip(messages, contents, strict=True):
+    for message in messages:
+        lines = message["content"]
         lines = lines[1:] if lines and not lines[0] else lines
         lines = lines[:-1] if lines and not lines[-1] else lines  # the end of the file, or the line before a heading
         if lines[:1] == [_TOOLS] and "```" in lines:

@@ -4,10 +4,11 @@
 """
 
 import math
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from glm3kit.data.token_file import IGNORE_INDEX, TokenFile
 from glm3kit.errors import DataError
 
 
-def prefetch(draw: Callable[[int], Any], steps: Iterable[int], ahead: int = 2) -> Iterator[Any]:
+def prefetch(draw: Callable[[Any], Any], steps: Iterable[Any], ahead: int = 2) -> Iterator[Any]:
     """draw(step) for each step, in order, by a thread that works `ahead` steps before they are asked for.
 
     An error in `draw` is raised where its result is asked for. The thread ends with the iterator, also if that is
@@ -45,26 +46,21 @@ def pack_rows(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[i
     lengths = np.asarray(lengths)
     assert lengths.max(initial=0) <= capacity
     packs: list[list[int]] = []
-    rooms: list[int] = []  # free tokens of packs, each number once, rising
-    packs_with: dict[int, list[int]] = {}  # free tokens -> packs
+    rooms: list[int] = []  # free tokens of packs that are not full, rising
+    open_packs: list[list[int]] = []  # these packs, in the same order
     for row in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[row])
-        at = bisect_left(rooms, length)
+        at = bisect_left(rooms, lengths[row])
         if at == len(rooms):
-            room, pack = capacity, len(packs)
-            packs.append([])
+            room, pack = capacity, []
+            packs.append(pack)
         else:
-            room = rooms[at]
-            pack = packs_with[room].pop()
-            if not packs_with[room]:
-                del rooms[at]
-        packs[pack].append(row)
-        room -= length
+            room, pack = rooms.pop(at), open_packs.pop(at)
+        pack.append(row)
+        room -= int(lengths[row])
         if room:
-            holders = packs_with.setdefault(room, [])
-            if not holders:
-                insort(rooms, room)
-            holders.append(pack)
+            at = bisect_left(rooms, room)
+            rooms.insert(at, room)
+            open_packs.insert(at, pack)
     return packs
 
 
@@ -111,7 +107,7 @@ class Batches:
         self.tokens, self.batch_size, self.seq_length, self.pad_id = tokens, batch_size, seq_length, pad_id
         self.seed, self.rank, self.epochs, self.shuffle, self.start_step = seed, rank, epochs, shuffle, start_step
         self.lengths = np.array([*sorted(n for n in bucket_lengths if n < seq_length), seq_length])
-        self._order_of: tuple[int, np.ndarray] | None = None  # the epoch that was drawn from last, and its order
+        self._order = lru_cache(maxsize=1)(self._draw_order)  # of the epoch that was drawn from last
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.epochs
@@ -123,12 +119,9 @@ class Batches:
         """The epoch, from 0, that a step from 0 belongs to."""
         return step // self.steps_per_epoch
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if self._order_of is None or self._order_of[0] != epoch:
-            rows = len(self.sizes)
-            order = np.random.default_rng([self.seed, epoch]).permutation(rows) if self.shuffle else np.arange(rows)
-            self._order_of = epoch, order
-        return self._order_of[1]
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        rows = len(self.sizes)
+        return np.random.default_rng([self.seed, epoch]).permutation(rows) if self.shuffle else np.arange(rows)
 
     def batch(self, step: int) -> tuple[np.ndarray, ...]:
         """The batch of this rank at a step from 0: input_ids, labels and, if packed, segment_ids."""

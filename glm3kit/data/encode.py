@@ -7,9 +7,7 @@ Knowledge: MindFormers 1.1's ADGEN and multi-turn data sets, whose values these 
 
 import hashlib
 import json
-from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from glm3kit.config.groups import DataConfig, RunConfig
-from glm3kit.data.rows import ENCODINGS, file_encoding, is_adgen, open_data, read_items, refuse, row_texts
+from glm3kit.data.batches import prefetch
+from glm3kit.data.rows import ENCODINGS, file_encoding, is_adgen, open_data, row_texts, used_items
 from glm3kit.data.token_file import (
     ADGEN,
     CONVERSATION,
@@ -29,7 +28,7 @@ from glm3kit.data.token_file import (
     shift_labels,
     write_token_file,
 )
-from glm3kit.errors import ConfigError, DataError, PromptError
+from glm3kit.errors import ConfigError, DataError
 from glm3kit.text.messages import conversation_ids
 from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 
@@ -41,19 +40,14 @@ SETTINGS = {"origin_columns", "max_source_length", "max_target_length", "tools_i
 Encoded = tuple[list[np.ndarray], bytes]  # a row: arrays of its ids; for each id 1 if the prediction made there counts
 
 
-class _Join:
-    """Puts an ADGEN row together from its texts' ids: `[gMASK] sop` and source, target, eos; the texts are cut."""
-
-    def __init__(self, tokenizer: ChatGLM3Tokenizer, max_source_length: int, max_target_length: int):
-        self.prefix = np.array(tokenizer.prefix_ids[:max_source_length], np.int32)
-        self.eos = np.array([tokenizer.eos_id], np.int32)
-        self.limits = max_source_length - len(self.prefix), max_target_length
-
-    def __call__(self, source: np.ndarray, target: np.ndarray) -> Encoded:
-        source, target = source[:self.limits[0]], target[:self.limits[1]]
-        # The last id of the source predicts the target's first one, the target's last one predicts eos.
-        mask = bytes(len(self.prefix) + len(source) - 1) + b"\1" * (len(target) + 1) + b"\0"
-        return [self.prefix, source, target, self.eos], mask
+def _join(source: np.ndarray, target: np.ndarray, tokenizer: ChatGLM3Tokenizer, max_source_length: int,
+          max_target_length: int) -> Encoded:
+    """An ADGEN row of its texts' ids: `[gMASK] sop` and source, target, eos; the texts are cut."""
+    prefix = tokenizer.prefix_ids[:max_source_length]
+    source, target = source[:max_source_length - len(prefix)], target[:max_target_length]
+    # The last id of the source predicts the target's first one, the target's last one predicts eos.
+    mask = bytes(len(prefix) + len(source) - 1) + b"\1" * (len(target) + 1) + b"\0"
+    return [np.array(prefix, np.int32), source, target, np.array([tokenizer.eos_id], np.int32)], mask
 
 
 def _cut(ids: list[int], mask: list[int], seq_length: int) -> Encoded:
@@ -78,7 +72,7 @@ def encode_adgen(row: Mapping[str, Any], tokenizer: ChatGLM3Tokenizer, max_sourc
     Example: encode_adgen({"content": "类型#裙", "summary": "好看的裙子"}, tokenizer, 64, 127)
     """
     source, target = tokenizer.encode_batch(row_texts(row, origin_columns))
-    encoded = _Join(tokenizer, max_source_length, max_target_length)(source, target)
+    encoded = _join(source, target, tokenizer, max_source_length, max_target_length)
     return _padded(encoded, max_source_length + max_target_length + 1, tokenizer.pad_id)
 
 
@@ -95,12 +89,10 @@ def encode_conversation(record: Mapping[str, Any], tokenizer: ChatGLM3Tokenizer,
     return _padded(encoded, max_seq_length, tokenizer.pad_id)
 
 
-def _spread(lengths: Counter[int]) -> dict[str, float]:
-    """Mean, median, percentiles and maximum of counted lengths in tokens."""
-    each = np.repeat(list(lengths), list(lengths.values()))
-    p50, p95, p99 = np.percentile(each, [50, 95, 99])
-    return {"mean": round(float(each.mean()), 1), "p50": float(p50), "p95": float(p95), "p99": float(p99),
-            "max": int(each.max())}
+def _spread(lengths: np.ndarray) -> dict[str, float]:
+    """Mean, median, percentiles and maximum of lengths in tokens."""
+    p50, p95, p99 = np.percentile(lengths, [50, 95, 99]).tolist()
+    return {"mean": round(float(lengths.mean()), 1), "p50": p50, "p95": p95, "p99": p99, "max": int(lengths.max())}
 
 
 class _Encoding:
@@ -112,15 +104,6 @@ class _Encoding:
     def __init__(self, paths: Sequence[str | Path], tokenizer: ChatGLM3Tokenizer, data: DataConfig, seq_length: int):
         self.paths, self.tokenizer, self.data = [Path(path) for path in paths], tokenizer, data
         self.seq_length = seq_length
-        self.digest = self._digest()
-        self.join = _Join(tokenizer, data.max_source_length, data.max_target_length)
-        self.lengths = {name: Counter[int]() for name in ("source", "target", "conversation")}  # before cutting
-        self.report: dict[str, Any] = {
-            "files": [], "seq_length": seq_length, "rows_read": 0, "rows_kept": 0, "rows_skipped": 0, "skipped": [],
-            "adgen_rows": 0, "conversations": 0, "cut_sources": 0, "cut_answers": 0, "cut_conversations": 0,
-            "tokens": 0, "answer_tokens": 0}
-
-    def _digest(self) -> str:
         contents = []
         for path in self.paths:
             digest = hashlib.sha256()
@@ -128,13 +111,24 @@ class _Encoding:
                 while block := file.read(1 << 20):
                     digest.update(block)
             contents.append(digest.hexdigest())
-        settings = {"format": FORMAT, "files": contents, "tokenizer": self.tokenizer.digest,
-                    "seq_length": self.seq_length} | self.data.model_dump(mode="json", include=SETTINGS)
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        settings = {"format": FORMAT, "files": contents, "tokenizer": tokenizer.digest,
+                    "seq_length": seq_length} | data.model_dump(mode="json", include=SETTINGS)
+        self.digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        self.report: dict[str, Any] = {"files": [], "seq_length": seq_length, "rows_read": 0, "skipped": [],
+                                       "cut_answers": 0, "tokens": 0, "answer_tokens": 0}
 
-    def _conversation(self, item: Mapping[str, Any]) -> tuple[Encoded, int, int]:
-        """A conversation encoded and cut, and how many of its tokens do not and do carry loss before cutting."""
-        ids, mask = conversation_ids(item, self.tokenizer, self.data.tools_indent)
+    def _prepare(self, item: Any) -> list[str] | tuple[Encoded, int, int]:
+        """Texts of an ADGEN row, to be encoded with those of others; or a conversation, encoded and cut.
+
+        With the latter, how many of its tokens do not and do carry loss before cutting.
+        """
+        data = self.data
+        if is_adgen(item, data.origin_columns):
+            if data.max_source_length + data.max_target_length + 1 > self.seq_length:  # no fault of this row
+                raise ConfigError(f"data.{data.row_rule} tokens, more than seq_length {self.seq_length}; lower the "
+                                  "lengths in data or raise seq_length")
+            return row_texts(item, data.origin_columns)
+        ids, mask = conversation_ids(item, self.tokenizer, data.tools_indent)
         answers = sum(mask)
         encoded = _cut(ids, mask, self.seq_length)
         if not answers:
@@ -144,33 +138,18 @@ class _Encoding:
                             f"{len(ids)}; raise max_seq_length, or shorten or remove the row")
         return encoded, len(ids) - 1 - answers, answers
 
-    def _prepare(self, item: Any) -> list[str] | tuple[Encoded, int, int]:
-        """Texts of an ADGEN row, to be encoded with those of others; or a conversation, encoded."""
-        data = self.data
-        if not is_adgen(item, data.origin_columns):
-            return self._conversation(item)
-        if data.max_source_length + data.max_target_length + 1 > self.seq_length:  # no fault of this row
-            raise ConfigError(f"data.{data.row_rule} tokens, more than seq_length {self.seq_length}; lower the "
-                              "lengths in data or raise seq_length")
-        return row_texts(item, data.origin_columns)
-
     def _rows(self, progress: bool) -> Iterator[list[tuple[int, int, Any]]]:
         """(file, line, row) of all files, some at a time, checked and ready to encode."""
         report = self.report
         for number, path in enumerate(self.paths):
             encoding, size, read = file_encoding(path), path.stat().st_size, report["rows_read"]
-            items = read_items(path, encoding)
+            items = used_items(path, encoding, self._prepare, self.data.skip_bad)
             with tqdm(total=size, desc=f"encode {path.name}", unit="B", unit_scale=True, disable=not progress) as bar:
                 while some := list(islice(items, ROWS_AT_ONCE)):
                     report["rows_read"] += len(some)
-                    rows = []
-                    for line, _, item in some:
-                        try:
-                            rows.append((number, line, self._prepare(item)))
-                        except (DataError, PromptError) as err:
-                            if not self.data.skip_bad:
-                                raise refuse(path, line, err) from err
-                            report["skipped"].append({"file": path.name, "line": line, "reason": str(err)})
+                    report["skipped"] += [{"file": path.name, "line": line, "reason": str(row)}
+                                          for line, _, row in some if isinstance(row, Exception)]
+                    rows = [(number, line, row) for line, _, row in some if not isinstance(row, Exception)]
                     if rows:
                         yield rows
                     bar.update(sum(size for _, size, _ in some))
@@ -178,38 +157,24 @@ class _Encoding:
             report["files"].append({"file": path.name, "encoding": ENCODINGS[encoding],
                                     "rows": report["rows_read"] - read})
 
-    def _count(self, origins: np.ndarray) -> None:
-        """Take rows into the report, all but what was cut from conversations' answers."""
-        report, lengths, data = self.report, self.lengths, self.data
-        adgen = origins[:, 2] == ADGEN
-        source, target = origins[adgen, 3:].T
-        whole = origins[~adgen, 3:].sum(1) + 1
-        for name, values in (("source", source), ("target", target), ("conversation", whole)):
-            lengths[name].update(values.tolist())
-        report["rows_kept"] += len(origins)
-        report["adgen_rows"] += len(source)
-        report["conversations"] += len(whole)
-        report["cut_sources"] += int((source > data.max_source_length).sum())
-        report["cut_answers"] += int((target > data.max_target_length).sum())
-        report["cut_conversations"] += int((whole > self.seq_length).sum())
-
-    def _join_rows(self, rows: list[tuple[int, int, Any]], encoding: Future) -> EncodedRows:
+    def _join_rows(self, rows: list[tuple[int, int, Any]], encoded: list[np.ndarray]) -> EncodedRows:
         """Rows of a batch one after the other."""
         ids, masks, origins = [], [], []
-        texts, opening = iter(encoding.result()), len(self.tokenizer.prefix_ids)
+        texts, opening, data = iter(encoded), len(self.tokenizer.prefix_ids), self.data
         for file, line, row in rows:
             if isinstance(row, list):
                 source_ids, target_ids = next(texts), next(texts)
-                row_ids, mask = self.join(source_ids, target_ids)
+                row_ids, mask = _join(source_ids, target_ids, self.tokenizer, data.max_source_length,
+                                      data.max_target_length)
                 origins.append((file, line, ADGEN, opening + len(source_ids), len(target_ids)))
+                cut = len(target_ids) > data.max_target_length
             else:
                 (row_ids, mask), source, target = row
-                if mask.count(1) < target:
-                    self.report["cut_answers"] += 1
                 origins.append((file, line, CONVERSATION, source, target))
+                cut = mask.count(1) < target
             ids += row_ids
             masks.append(mask)
-        self._count(np.array(origins))
+            self.report["cut_answers"] += int(cut)
         mask = np.frombuffer(b"".join(masks), np.uint8)
         self.report["tokens"] += len(mask)
         self.report["answer_tokens"] += int(mask.sum())
@@ -217,17 +182,27 @@ class _Encoding:
 
     def _batches(self, progress: bool) -> Iterator[EncodedRows]:
         """Encode the files batch by batch; the report is complete when all are drawn."""
-        waiting: deque[tuple[list, Future]] = deque()
-        with ThreadPoolExecutor(1) as pool:  # SentencePiece works on the next rows while Python joins the last ones
-            for rows in self._rows(progress):
-                texts = [text for _, _, row in rows if isinstance(row, list) for text in row]
-                waiting.append((rows, pool.submit(self.tokenizer.encode_batch, texts)))
-                if len(waiting) > BATCHES_AHEAD:
-                    yield self._join_rows(*waiting.popleft())
-            while waiting:
-                yield self._join_rows(*waiting.popleft())
-        self.report["rows_skipped"] = len(self.report["skipped"])
-        self.report["lengths"] = {name: _spread(lengths) for name, lengths in self.lengths.items() if lengths}
+        def with_ids(rows: list[tuple[int, int, Any]]) -> tuple[list, list[np.ndarray]]:
+            texts = [text for _, _, row in rows if isinstance(row, list) for text in row]
+            return rows, self.tokenizer.encode_batch(texts)
+
+        origins: list[np.ndarray] = []
+        # SentencePiece works on the next rows while Python joins the last ones
+        for rows, encoded in prefetch(with_ids, self._rows(progress), BATCHES_AHEAD):
+            batch = self._join_rows(rows, encoded)
+            origins.append(np.array(batch.origins))
+            yield batch
+        if not origins:  # there is nothing to count
+            return
+        _, _, kind, source, target = np.concatenate(origins).T  # the lengths are those before cutting
+        adgen, whole = kind == ADGEN, source + target + 1
+        lengths = {"source": source[adgen], "target": target[adgen], "conversation": whole[~adgen]}
+        self.report |= {
+            "rows_kept": len(whole), "rows_skipped": len(self.report["skipped"]), "adgen_rows": int(adgen.sum()),
+            "conversations": int((~adgen).sum()),
+            "cut_sources": int((lengths["source"] > self.data.max_source_length).sum()),
+            "cut_conversations": int((lengths["conversation"] > self.seq_length).sum()),
+            "lengths": {name: _spread(values) for name, values in lengths.items() if len(values)}}
 
     def token_file(self, destination: Path, progress: bool) -> TokenFile:
         """The token file at `destination`, written unless it is there with this digest."""
@@ -243,9 +218,8 @@ def encode_files(paths: Sequence[str | Path], tokenizer: ChatGLM3Tokenizer, data
     The report of the token file counts rows read, kept, skipped (with file, line and reason) and cut, tokens and tokens
     of answers, and describes the lengths before cutting: "source" (with `[gMASK] sop`), "target" (without eos),
     "conversation". cut_answers: rows that lost a part of an answer, of either kind.
-    Raises DataError with file and line for a line that is no JSON, a row that is neither form, a missing or blank
-    column, a malformed conversation, or one without an answer in its first seq_length tokens; with data.skip_bad such
-    rows are skipped and counted.
+    Raises DataError with file and line for a row that cannot be used, also a conversation without an answer in its
+    first seq_length tokens; with data.skip_bad such rows are skipped and counted.
     """
     return _Encoding(paths, tokenizer, data, seq_length).token_file(Path(destination), progress)
 

@@ -5,7 +5,7 @@
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,14 +94,11 @@ def recommendation(choices: Sequence[Mapping[str, Any]]) -> str:
             f"it is {now['rows_cut']:.1%} and {now['padding']:.0%}.")
 
 
-def _digests(tokens: TokenFile) -> tuple[list[bytes], list[bytes]]:
+def _digests(tokens: TokenFile) -> Iterator[tuple[bytes, bytes]]:
     """For each row a digest of its ids, and one of those before its first answer."""
-    rows, sources = [], []
     for ids, labels in tokens:
-        start = int(np.argmax(labels != IGNORE_INDEX)) + 1
-        rows.append(hashlib.blake2b(ids.tobytes(), digest_size=16).digest())
-        sources.append(hashlib.blake2b(ids[:start].tobytes(), digest_size=16).digest())
-    return rows, sources
+        source = ids[:np.argmax(labels != IGNORE_INDEX) + 1]
+        yield hashlib.blake2b(ids, digest_size=16).digest(), hashlib.blake2b(source, digest_size=16).digest()
 
 
 def find_overlap(train: TokenFile, held_out: TokenFile) -> dict[str, list[tuple[str, str]]]:
@@ -109,10 +106,13 @@ def find_overlap(train: TokenFile, held_out: TokenFile) -> dict[str, list[tuple[
 
     "rows": the whole row is the same. "sources": only what stands before the first answer is.
     """
-    seen_rows, seen_sources = ({digest: row for row, digest in reversed(list(enumerate(digests)))}
-                               for digests in _digests(train))
+    seen_rows: dict[bytes, int] = {}
+    seen_sources: dict[bytes, int] = {}
+    for row, (whole, source) in enumerate(_digests(train)):
+        seen_rows.setdefault(whole, row)
+        seen_sources.setdefault(source, row)
     overlap: dict[str, list[tuple[str, str]]] = {"rows": [], "sources": []}
-    for row, (whole, source) in enumerate(zip(*_digests(held_out), strict=True)):
+    for row, (whole, source) in enumerate(_digests(held_out)):
         if whole in seen_rows:
             overlap["rows"].append((place(held_out, row), place(train, seen_rows[whole])))
         elif source in seen_sources:

@@ -11,7 +11,7 @@ import codecs
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,15 +38,13 @@ def reason_of(error: str) -> str:
 
 def count_reasons(skipped: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Skipped rows by reason, the most frequent first: {"reason", "rows", "where"}, where as "train.json:3,17"."""
-    places: dict[str, list[tuple[str, int]]] = {}
+    places: dict[str, dict[str, list[int]]] = {}
     for row in skipped:
-        places.setdefault(reason_of(row["reason"]), []).append((row["file"], row["line"]))
-    counted = []
-    for reason, rows in sorted(places.items(), key=lambda entry: -len(entry[1])):
-        files = {file: [line for name, line in rows if name == file] for file, _ in rows}
-        where = " ".join(f"{file}:{','.join(map(str, lines))}" for file, lines in files.items())
-        counted.append({"reason": reason, "rows": len(rows), "where": where})
-    return counted
+        places.setdefault(reason_of(row["reason"]), {}).setdefault(row["file"], []).append(row["line"])
+    counted = [{"reason": reason, "rows": sum(map(len, files.values())),
+                "where": " ".join(f"{file}:{','.join(map(str, lines))}" for file, lines in files.items())}
+               for reason, files in places.items()]
+    return sorted(counted, key=lambda entry: -entry["rows"])
 
 
 def open_data(path: Path) -> BinaryIO:
@@ -122,9 +120,8 @@ def _read_array(window: _Window, path: Path) -> Iterator[Item]:
     """Items of a JSON array; an error in its syntax ends it, what follows could be anything."""
     assert window.next_letter() == "["
     window.position += 1
-    decode, mark = json.JSONDecoder().raw_decode, ","
-    if window.next_letter() == "]":
-        mark = "]"
+    decode = json.JSONDecoder().raw_decode
+    mark = "]" if window.next_letter() == "]" else ","
     while mark == ",":
         window.next_letter()
         fault = None
@@ -167,18 +164,18 @@ def _read_line(line: bytes, encoding: str) -> Any:
     return DataError(f"{fault} {line[:40].decode(encoding, 'replace')!r}")
 
 
-def read_items(path: str | Path, encoding: str) -> Iterator[Item]:
+def read_items(path: Path, encoding: str) -> Iterator[Item]:
     """What stands in a file of JSON lines or of one JSON array, in `encoding`, a block of the file at a time.
 
     Yields (line, size, item). size: bytes, or characters of an array. item: a DataError for a line that is no JSON.
     Raises DataError with file and line if the syntax of an array is broken.
     """
-    path = Path(path)
     with open_data(path) as file:
-        start = file.read(_BLOCK).removeprefix(codecs.BOM_UTF8).lstrip()
-        file.seek(0)
-        if start.startswith(b"["):
-            text = io.TextIOWrapper(file, "utf-8-sig" if encoding == "utf-8" else encoding)
+        start = file.read(_BLOCK)
+        mark = len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0
+        file.seek(mark)
+        if start[mark:].lstrip().startswith(b"["):
+            text = io.TextIOWrapper(file, encoding)
             try:
                 yield from _read_array(_Window(text), path)
             except UnicodeDecodeError as err:
@@ -186,8 +183,6 @@ def read_items(path: str | Path, encoding: str) -> Iterator[Item]:
                                 " save the file as UTF-8") from err
             return
         for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 yield number, len(line), _read_line(line, encoding)
 
@@ -198,15 +193,13 @@ def is_adgen(item: Any, columns: tuple[str, str]) -> bool:
         raise item
     if not isinstance(item, dict):
         raise DataError(f"not an object: got {type(item).__name__} {str(item)[:40]!r}")
-    source, target = columns
-    if source in item and target in item:
-        return True
-    if "conversations" in item:
+    there = [column in item for column in columns]
+    if "conversations" in item and not all(there):
         return False
-    if source in item or target in item:
-        return True  # its other column is missing, which is said where the texts are taken
-    raise DataError(f"neither kind of row: it has {', '.join(map(repr, item)) or 'no columns'}, expected {source!r} "
-                    f"and {target!r} (data.origin_columns), or 'conversations'")
+    if any(there):  # if the other column is missing, that is said where the texts are taken
+        return True
+    raise DataError(f"neither kind of row: it has {', '.join(map(repr, item)) or 'no columns'}, expected "
+                    f"{columns[0]!r} and {columns[1]!r} (data.origin_columns), or 'conversations'")
 
 
 def row_texts(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
@@ -225,9 +218,19 @@ def row_texts(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     return texts
 
 
-def refuse(path: Path, line: int, err: DataError | PromptError) -> DataError:
-    """The error of a bad row with its file and line."""
-    return DataError(f"{path}:{line}: {err} (data.skip_bad=true skips such rows and counts them)")
+def used_items(path: Path, encoding: str, use: Callable[[Any], Any], skip_bad: bool) -> Iterator[Item]:
+    """(line, size, use(item)) of each item of a file; with skip_bad an error of `use` stands there as it is.
+
+    Raises DataError with file and line for it otherwise.
+    """
+    for line, size, item in read_items(path, encoding):
+        try:
+            used = use(item)
+        except (DataError, PromptError) as err:
+            if not skip_bad:
+                raise DataError(f"{path}:{line}: {err} (data.skip_bad=true skips such rows and counts them)") from err
+            used = err
+        yield line, size, used
 
 
 def read_rows(paths: Sequence[str | Path], data: DataConfig) -> Iterator[dict[str, Any]]:
@@ -235,15 +238,13 @@ def read_rows(paths: Sequence[str | Path], data: DataConfig) -> Iterator[dict[st
 
     Raises DataError with file and line for a bad row, or leaves it out if data.skip_bad.
     """
+    def check(item: Any) -> dict[str, Any]:
+        if is_adgen(item, data.origin_columns):
+            row_texts(item, data.origin_columns)
+        else:
+            conversation_messages(item)
+        return item
+
     for path in map(Path, paths):
-        for line, _, item in read_items(path, file_encoding(path)):
-            try:
-                if is_adgen(item, data.origin_columns):
-                    row_texts(item, data.origin_columns)
-                else:
-                    conversation_messages(item)
-            except (DataError, PromptError) as err:
-                if not data.skip_bad:
-                    raise refuse(path, line, err) from err
-                continue
-            yield item
+        rows = (row for _, _, row in used_items(path, file_encoding(path), check, data.skip_bad))
+        yield from (row for row in rows if not isinstance(row, Exception))

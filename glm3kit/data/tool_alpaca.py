@@ -15,13 +15,11 @@ from glm3kit.data.rows import file_encoding, read_items
 from glm3kit.errors import DataError
 from glm3kit.files import atomic_path
 
-_NAMES = {str: "a text", list: "a list", dict: "an object"}
-
 
 def _take(holder: Any, key: str, kind: type) -> Any:
     value = holder.get(key) if isinstance(holder, Mapping) else None
     if not isinstance(value, kind):
-        raise DataError(f"{key!r} is not {_NAMES[kind]}: got {str(value)[:60]!r}")
+        raise DataError(f"{key!r} is not a {'text' if kind is str else 'list'}: got {str(value)[:60]!r}")
     return value
 
 

@@ -21,7 +21,7 @@ import anywidget
 import traitlets
 from pydantic import ValidationError
 
-from glm3kit.chat import interpreter, transcript
+from glm3kit.chat import interpreter
 from glm3kit.chat.session import ChatSession
 from glm3kit.config.groups import GenerateConfig
 from glm3kit.errors import ConfigError, Glm3KitError, PromptError
@@ -57,44 +57,33 @@ def shown_message(message: Mapping[str, Any], at: int, tools: bool, left_out: bo
     return shown
 
 
-def _shown_call(session: ChatSession) -> dict[str, Any] | None:
-    call = session.pending_call
-    if call is None:
-        return None
-    arguments = _pretty(call["parameters"]) if "parameters" in call else None
-    return {"name": call["name"], "arguments": arguments, "reason": call.get("reason"), "runs": session.can_run(call)}
-
-
-def _shown_error(error: Exception | None) -> dict[str, str] | None:
-    """The reason, and where it comes from unless it is one of our own errors, whose message says it all."""
-    if error is None:
-        return None
-    trace = "" if isinstance(error, Glm3KitError) else "".join(traceback.format_exception(error))
-    return {"reason": f"{type(error).__name__}: {error}", "trace": trace}
-
-
-def _shown_tools(session: ChatSession) -> list[dict[str, Any]]:
-    return [{"name": str(item.get("name", "")), "description": str(item.get("description", "")),
-             "schema": _pretty(item.get("parameters")), "runs": item.get("name") in session.functions}
-            if isinstance(item, Mapping) else
-            {"name": as_text(item), "description": "", "schema": "", "runs": False} for item in session.tools]
-
-
 def shown_state(session: ChatSession) -> dict[str, Any]:
     """All of a session but its messages, as the page shows it."""
     try:
         used = session.context_used
     except PromptError:  # a history that was assigned and cannot be said; the next reply reports it
         used = None
-    unsent = session.unsent and {"role": session.unsent["role"], "text": as_text(session.unsent["content"])}
-    idle = not session.busy
+    error, unsent = session.error, session.unsent  # read once: another thread may begin a reply
+    if unsent is not None:
+        unsent = {"role": unsent["role"], "text": as_text(unsent["content"])}
+    if error is not None:  # where it comes from, unless it is one of our own errors, whose message says it all
+        trace = "" if isinstance(error, Glm3KitError) else "".join(traceback.format_exception(error))
+        error = {"reason": f"{type(error).__name__}: {error}", "trace": trace}
+    described = [item if isinstance(item, Mapping) else {"name": as_text(item)} for item in session.tools]
+    tools = [{"name": str(item.get("name", "")), "description": str(item.get("description", "")),
+              "schema": _pretty(item["parameters"]) if "parameters" in item else "",
+              "runs": item.get("name") in session.functions} for item in described]
+    busy = session.busy
+    call, code = (None, None) if busy else (session.pending_call, session.pending_code)
+    if call is not None:
+        call = {"name": call["name"], "arguments": _pretty(call["parameters"]) if "parameters" in call else None,
+                "reason": call.get("reason"), "runs": session.can_run(call)}
     return {
-        "busy": not idle, "running": session.running_tool, "error": _shown_error(session.error), "unsent": unsent,
+        "busy": busy, "running": session.running_tool, "error": error, "unsent": unsent,
         "used": used, "window": session.seq_length, "left_out": session.left_out,
         "reply_tokens": len(session.last_reply_ids), "speed": round(session.tokens_per_second, 1),
         "system": session.system, "sampling": session.sampling, "ask_first": session.ask_first,
-        "tools": _shown_tools(session), "call": _shown_call(session) if idle else None,
-        "code": session.pending_code if idle else None,
+        "tools": tools, "call": call, "code": code,
     }
 
 
@@ -114,8 +103,8 @@ class ChatWidget(anywidget.AnyWidget):
     def __init__(self, session: ChatSession):
         super().__init__()
         self.session = session
-        self._drawing, self._planning = threading.Lock(), threading.Lock()
-        self._planned: threading.Timer | None = None
+        self._drawing = threading.Lock()
+        self._planned = threading.Lock()  # held while a timer waits to draw
         self._drawn = 0.0  # seconds, of time.monotonic
         self.draw()
         self._end = session.observe(self._draw_soon)
@@ -142,16 +131,13 @@ class ChatWidget(anywidget.AnyWidget):
     def _draw_soon(self) -> None:
         """Draw after every change, but not more often than each REFRESH_S."""
         def due() -> None:
-            with self._planning:
-                self._planned = None
+            self._planned.release()
             self.draw()
 
-        with self._planning:
-            if self._planned is None:
-                wait_s = max(0.0, self._drawn + REFRESH_S - time.monotonic())
-                self._planned = threading.Timer(wait_s, due)
-                self._planned.daemon = True
-                self._planned.start()
+        if self._planned.acquire(blocking=False):  # else it will be drawn anyway
+            timer = threading.Timer(max(0.0, self._drawn + REFRESH_S - time.monotonic()), due)
+            timer.daemon = True
+            timer.start()
 
     # what the page may ask for
 
@@ -163,7 +149,7 @@ class ChatWidget(anywidget.AnyWidget):
             "run_tool": self._speaking(lambda: session.stream_tools(rounds=1)),
             "observe_cell": self._speaking(session.stream_cell), "watch_cells": interpreter.watch, "stop": session.stop,
             "rewrite": session.rewrite, "undo": self._undo, "clear": session.clear, "set_system": session.set_system,
-            "set_sampling": self._set_sampling, "set_ask_first": self._set_ask_first, "save": self._save,
+            "set_sampling": self._set_sampling, "set_ask_first": session.set_ask_first, "save": self._save,
             "load": session.load}
         self.note = ""
         try:
@@ -201,18 +187,13 @@ class ChatWidget(anywidget.AnyWidget):
             raise ConfigError("; ".join(f"{fault['loc'][0]}: {fault['msg']}" for fault in err.errors())) from err
         self.session.set_sampling(**{key: getattr(checked, key) for key in options})
 
-    def _set_ask_first(self, ask_first: bool) -> None:
-        self.session.ask_first = ask_first
-
     def _save(self, form: str) -> None:
-        write = {"json": transcript.to_json, "md": transcript.to_markdown}[form]
-        self.send({"file": f"chat.{form}", "text": write(self.session.history)})
+        self.send({"file": f"chat.{form}", "text": self.session.transcript(form)})
 
 
 def chat_widget(session: ChatSession) -> ChatWidget:
-    """Return a chat cell for a session: messages, roles, tools, settings, and what else a conversation needs.
+    """Return a chat cell for a session; another one for the same session shows the same conversation.
 
-    Displaying it again, or calling this again after the page was reloaded, shows the same conversation.
     Example: chat_widget(ChatSession(tokenizer, net.conversation()))
     """
     return ChatWidget(session)

@@ -21,8 +21,6 @@ from glm3kit.notebook.html import STYLE, Html, table, token_table
 from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 
 _SHOWN = 5  # examples of rows that repeat
-
-
 _WIDEST = 300  # letters of a list of lines
 
 

@@ -27,14 +27,6 @@ from glm3kit.files import atomic_write
 ROOT = Path(__file__).resolve().parent.parent.parent
 CELL_TIMEOUT_S = 900
 
-PAGE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
-
-
-def _title(notebook: NotebookNode, name: str) -> str:
-    """The notebook's first heading."""
-    lines = (line for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.splitlines())
-    return next((line.lstrip("# ") for line in lines if line.startswith("#")), name)
-
 
 def _failure(notebook: NotebookNode, name: str, error: Exception) -> JobError:
     """Which notebook, which cell, which error; without an error output it is the last cell that was started."""
@@ -50,12 +42,6 @@ def _failure(notebook: NotebookNode, name: str, error: Exception) -> JobError:
         reason = f"its kernel died ({error}); often the machine ran out of memory"
     source = "".join(f"\n    {line}" for line in cell.source.splitlines()) if cell else ""
     return JobError(f"{where}: {reason}{source}\nOpen the notebook with `make lab` and run it there.")
-
-
-def _links(page: str, folder: Path, output: Path) -> str:
-    """A page with its links as they lead from `output`: to the other pages, and to the files of the repository."""
-    page = re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', page)
-    return page.replace('href="../', f'href="{os.path.relpath(folder.parent, output)}/')
 
 
 def run_notebook(path: Path, output: Path, bar: tqdm) -> NotebookNode:
@@ -78,13 +64,10 @@ def run_notebook(path: Path, output: Path, bar: tqdm) -> NotebookNode:
     finally:
         atomic_write(output / path.name, nbformat.writes(notebook))
     page, _ = HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": path.stem}})
-    atomic_write(output / f"{path.stem}.html", _links(page, path.parent, output))
+    page = re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', page)  # links lead to the other pages
+    page = page.replace('href="../', f'href="{os.path.relpath(path.parent.parent, output)}/')  # and to the repository
+    atomic_write(output / f"{path.stem}.html", page)
     return notebook
-
-
-def _size(path: Path) -> str:
-    size = path.stat().st_size
-    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
 def _index(output: Path, notebooks: dict[str, tuple[str, float]], minutes: float) -> str:
@@ -93,11 +76,12 @@ def _index(output: Path, notebooks: dict[str, tuple[str, float]], minutes: float
              f'<td class="number">{seconds:.0f} s</td></tr>' for stem, (title, seconds) in notebooks.items()]
     made = sorted(path for path in output.iterdir() if path.is_file() and path.stem not in notebooks)
     files = [f'<tr><td><a href="{html.escape(path.name)}">{html.escape(path.name)}</a></td>'
-             f'<td class="number">{_size(path)}</td></tr>' for path in made]
+             f'<td class="number">{tqdm.format_sizeof(path.stat().st_size, "B")}</td></tr>' for path in made]
     picture = ""
     if (output / "loss.png").exists():
         picture = '<h2>The loss · 损失曲线</h2>\n<a href="loss.png"><img src="loss.png" alt="loss of every step"></a>\n'
-    return PAGE.substitute(minutes=f"{minutes:.1f}", notebooks="\n".join(pages), picture=picture,
+    page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+    return page.substitute(minutes=f"{minutes:.1f}", notebooks="\n".join(pages), picture=picture,
                            files="\n".join(files))
 
 
@@ -119,7 +103,8 @@ def run_demo(notebooks: Path = ROOT / "notebooks", output: Path = ROOT / "output
             notebook = run_notebook(path, output, bar)
         seconds = time.monotonic() - start
         print(f"{number}/{len(paths)} {path.stem:<32}{seconds:6.1f} s", flush=True)
-        done[path.stem] = _title(notebook, path.stem), seconds
+        lines = (line for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.splitlines())
+        done[path.stem] = next((line.lstrip("# ") for line in lines if line.startswith("#")), path.stem), seconds
     index = output / "index.html"
     atomic_write(index, _index(output, done, (time.monotonic() - begin) / 60))
     return index

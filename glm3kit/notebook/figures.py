@@ -120,19 +120,6 @@ def loss_figure(records: Iterable[Mapping[str, Any]], title: str | None = None) 
     return figure
 
 
-def _draw_lengths(axes: Axes, lengths: np.ndarray, limit: int | None, label: str) -> None:
-    top = max(int(np.percentile(lengths, 99.5)), limit or 1)  # a few very long rows would flatten all others
-    width = math.ceil((top + 1) / 40)  # whole tokens: every bar counts as many lengths as the others
-    axes.hist(np.minimum(lengths, top), bins=np.arange(0, top + 1 + width, width), color="#1f77b4", alpha=0.8)
-    axes.set(xlabel=f"{label} in tokens, up to {lengths.max():,}", ylabel="rows")
-    if limit:
-        axes.axvline(limit, color="#c2410c", linewidth=1.5)
-        axes.set_title(f"limit {limit}: {(lengths > limit).mean():.1%} longer", loc="right", color="#c2410c",
-                       fontsize="medium")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-
-
 def length_figure(panels: Mapping[str, tuple[np.ndarray, int | None]]) -> Figure:
     """Histograms of rows' lengths in tokens, one below the other, each with its limit if it has one.
 
@@ -142,5 +129,14 @@ def length_figure(panels: Mapping[str, tuple[np.ndarray, int | None]]) -> Figure
     figure = NotebookFigure(figsize=(8, 1.7 * len(panels)), dpi=80, layout="constrained")
     rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axes, (label, (lengths, limit)) in zip(rows, panels.items(), strict=True):
-        _draw_lengths(axes, lengths, limit, label)
+        top = max(int(np.percentile(lengths, 99.5)), limit or 1)  # a few very long rows would flatten all others
+        width = math.ceil((top + 1) / 40)  # whole tokens: every bar counts as many lengths as the others
+        axes.hist(np.minimum(lengths, top), bins=np.arange(0, top + 1 + width, width), color="#1f77b4", alpha=0.8)
+        axes.set(xlabel=f"{label} in tokens, up to {lengths.max():,}", ylabel="rows")
+        if limit:
+            axes.axvline(limit, color="#c2410c", linewidth=1.5)
+            axes.set_title(f"limit {limit}: {(lengths > limit).mean():.1%} longer", loc="right", color="#c2410c",
+                           fontsize="medium")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     return figure

@@ -55,15 +55,13 @@ def token_table(ids: Sequence[int], labels: Sequence[int], tokenizer: ChatGLM3To
     if answers and answers[-1] != IGNORE_INDEX:
         tokens.append(answers[-1])  # predicted by the last token, not in the row itself
     marked = [False, *(answer != IGNORE_INDEX for answer in answers)][:len(tokens)]
-    shown = len(tokens)
-    while shown and tokens[shown - 1] == tokenizer.pad_id and not marked[shown - 1]:
-        shown -= 1
+    shown = max((i + 1 for i in range(len(tokens)) if tokens[i] != tokenizer.pad_id or marked[i]), default=0)
     spans, words = [], []
-    for position in range(shown):
-        piece, loss = tokenizer.piece(tokens[position]), marked[position]
+    for position, (token, loss) in enumerate(zip(tokens[:shown], marked[:shown], strict=True)):
+        piece = tokenizer.piece(token)
         tag, note = ("mark", "carries loss") if loss else ("span", "no loss")
-        spans.append(f'<{tag} class="glm3kit-token" role="listitem" title="position {position}, id {tokens[position]}, '
-                     f'{note}">{escape(piece)}</{tag}>')
+        spans.append(f'<{tag} class="glm3kit-token" role="listitem" title="position {position}, id {token}, {note}">'
+                     f'{escape(piece)}</{tag}>')
         words.append(f"*{piece}*" if loss else piece)
     padding = f", then {len(tokens) - shown} of padding" if shown < len(tokens) else ""
     count = f"{sum(marked)} carry loss"
@@ -81,14 +79,9 @@ def _cell(value: object) -> str:
     return f"{value:,}" if type(value) is int else str(value)
 
 
-def _width(text: str) -> int:
-    """Columns that a text takes in a terminal: Chinese characters take two."""
-    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
-
-
-def _pad(text: str, width: int, right: bool) -> str:
-    space = " " * (width - _width(text))
-    return space + text if right else text + space
+def _wide(text: str) -> int:
+    """How many characters of a text take two columns in a terminal, as Chinese ones do."""
+    return sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
 
 
 def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None, caption: str = "") -> Html:
@@ -99,8 +92,8 @@ def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = Non
     """
     rows = list(rows)
     columns = list(columns if columns is not None else dict.fromkeys(key for row in rows for key in row))
-    numeric = [any(type(row.get(column)) in (int, float) for row in rows)
-               and all(type(row.get(column)) in (int, float, type(None)) for row in rows) for column in columns]
+    kinds = [{type(row.get(column)) for row in rows} - {type(None)} for column in columns]
+    numeric = [bool(kind) and kind <= {int, float} for kind in kinds]
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
 
     classes = [' class="glm3kit-number"' if right else "" for right in numeric]
@@ -111,9 +104,9 @@ def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = Non
     html = f'{STYLE}<table class="glm3kit-table">{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
     lines = [columns, *([" ".join(text.split()) for text in line] for line in cells)]  # a row is one line
-    widths = [max(_width(text) for text in column) for column in zip(*lines, strict=True)]
+    widths = [max(len(text) + _wide(text) for text in column) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
-    text = "\n".join("  ".join(_pad(text, width, right) for text, width, right
+    text = "\n".join("  ".join(f"{text:{'>' if right else '<'}{width - _wide(text)}}" for text, width, right
                                in zip(line, widths, numeric, strict=True)).rstrip() for line in lines)
     return Html(html, f"{caption}\n{text}" if caption else text)
 

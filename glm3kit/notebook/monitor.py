@@ -55,7 +55,7 @@ class Progress:
 
     state: str
     reason: str | None
-    ranks: tuple[Rank, ...]
+    ranks: list[Rank]
     nodes: int
     can_resume: bool  # whether a complete checkpoint is there
     step: int = 0
@@ -72,36 +72,26 @@ class ProgressReader:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.records = NewRecords(job.folder / "metrics.jsonl")
-        self.last: dict[str, Any] = {}
-        self.step_times_ms: deque[float] = deque(maxlen=SPEED_STEPS)
+        self.recent: deque[dict[str, Any]] = deque(maxlen=SPEED_STEPS)
 
     def read(self) -> Progress:
         """The job as it is now. Raises JobError if its folder holds none any more."""
         state = self.job.state()
-        for record in self.records.read():
-            self.last = record
-            self.step_times_ms.append(record.get("step_time_ms") or 0)
-        last, total = self.last, self.last.get("total_steps")
-        left_s = None
-        if state["state"] in LIVE and total and any(self.step_times_ms):
-            left_s = (total - last["step"]) * statistics.mean(self.step_times_ms) / 1000
-        return Progress(
-            state["state"], state["reason"], self._ranks(state), _nodes(state),
-            any(self.job.folder.glob("checkpoint/step_*/complete.json")), last.get("step", 0), total, last.get("loss"),
-            last.get("learning_rate"), last.get("tokens_per_second"), left_s)
-
-    def _ranks(self, state: dict[str, Any]) -> tuple[Rank, ...]:
-        """The ranks of this machine's job, then those of the other machines, whose jobs are inside of its folder."""
-        ranks = _job_ranks(self.job.folder, state)
-        for node in range(1, _nodes(state)):
+        self.recent.extend(self.records.read())
+        last = self.recent[-1] if self.recent else {}
+        times_ms = [record.get("step_time_ms") or 0 for record in self.recent]
+        total, left_s = last.get("total_steps"), None
+        if state["state"] in LIVE and total and any(times_ms):
+            left_s = (total - last["step"]) * statistics.mean(times_ms) / 1000
+        ranks, nodes = _job_ranks(self.job.folder, state), state.get("plan", {}).get("nodes", 1)
+        for node in range(1, nodes):  # the jobs of the other machines are inside of this one's folder
             other = Job(self.job.folder / f"node_{node}")
             if (other.folder / "job.json").exists():
                 ranks += _job_ranks(other.folder, other.state())
-        return tuple(ranks)
-
-
-def _nodes(state: dict[str, Any]) -> int:
-    return state.get("plan", {}).get("nodes", 1)
+        return Progress(
+            state["state"], state["reason"], ranks, nodes,
+            any(self.job.folder.glob("checkpoint/step_*/complete.json")), last.get("step", 0), total, last.get("loss"),
+            last.get("learning_rate"), last.get("tokens_per_second"), left_s)
 
 
 def _job_ranks(folder: Path, state: dict[str, Any]) -> list[Rank]:
@@ -244,7 +234,6 @@ _views: dict[Path, MonitorView] = {}  # a cell that is run again shows the same 
 def training_monitor(job: Job | str | Path) -> widgets.VBox:
     """Return the live cell of a job, or of its folder: state, progress, loss, speed, ranks, Stop and Resume.
 
-    It ends by itself when the job does. Calling this again, also after a reload, shows the job as it is then.
     Raises JobError if no job was launched into the folder.
     Example: training_monitor(launch(config, wait=False))
     """

@@ -92,13 +92,6 @@ def has_tools(history: Sequence[Any]) -> bool:
     return first.get("role") == "system" and "tools" in first
 
 
-def last_name(history: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """Name and text of the newest message if it names a tool or the like; else two empty texts."""
-    last = history[-1] if history else {}
-    name = (last.get("metadata") or "").strip() if last.get("role") == "assistant" else ""
-    return (name, last["content"]) if name else ("", "")
-
-
 def answer_content(metadata: str, text: str, tools: bool) -> str | dict[str, Any]:
     """What one assistant's message says: a text, or the dict of a named part (see process_response).
 
@@ -117,8 +110,9 @@ def answer_content(metadata: str, text: str, tools: bool) -> str | dict[str, Any
 
 def last_call(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """What the newest message says if it names a tool or the like, as process_response reads it."""
-    name, text = last_name(history)
-    content = answer_content(name, text, has_tools(history))
+    if not history or history[-1].get("role") != "assistant":
+        return None
+    content = answer_content(history[-1].get("metadata") or "", history[-1]["content"], has_tools(history))
     return content if isinstance(content, dict) else None
 
 
@@ -155,31 +149,24 @@ class TextStream:
 
     def __init__(self, tokenizer: ChatGLM3Tokenizer):
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._context = 0  # the ids from here on are decoded again
-        self._told = 0  # the ids before this one have been told
-        self._told_text = ""  # of ids[_context:_told]
+        self._context: list[int] = []
+        self._held: list[int] = []  # ids that have not been told
 
     def push(self, token: int) -> str:
         """Take one id; return the text that has become certain, often none."""
-        self._ids.append(token)
-        text = self._decode()
-        return "" if text.endswith("\ufffd") else self._tell(text)
+        self._held.append(token)
+        return "" if self._text(self._context + self._held).endswith("\ufffd") else self.finish()
 
     def finish(self) -> str:
         """Return what is still held back, broken characters as U+FFFD."""
-        return self._tell(self._decode())
-
-    def _decode(self) -> str:
-        return self._tokenizer.decode(self._ids[self._context:], errors="ignore")  # an untrained model says anything
-
-    def _tell(self, text: str) -> str:
-        news = text[len(self._told_text):]
-        if news.strip():  # a context of spaces alone would lose them: a decoder drops the first space of a text
-            self._context = self._told
-            text = self._decode()
-        self._told, self._told_text = len(self._ids), text
+        news = self._text(self._context + self._held)[len(self._text(self._context)):]
+        # Spaces alone are no context: a decoder drops the first space of a text.
+        self._context = self._held if news.strip() else self._context + self._held
+        self._held = []
         return news
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, errors="ignore")  # an untrained model says anything
 
 
 def answer_texts(tokenizer: ChatGLM3Tokenizer, tokens: Iterable[int]) -> Iterator[str]:

@@ -130,14 +130,9 @@ class ChatGLM3Tokenizer:
         Example: decode([64790, 64792, 36474, 54591, 2]) -> "你好"
         """
         ids = _plain(ids)
-        if not isinstance(ids, list | tuple):
-            ids = [ids]
-        ids = [_plain(item) for item in ids]
+        ids = [_plain(item) for item in ids] if isinstance(ids, list | tuple) else [ids]
         if any(isinstance(row, list | tuple) for row in ids):
             return [self.decode(row, skip_special_tokens, errors) for row in ids]
-        return self._decode_row(ids, skip_special_tokens, errors)
-
-    def _decode_row(self, ids: list[int], skip_special_tokens: bool, errors: str) -> str:
         # Each stretch between special ids was encoded by itself, with a leading space of its own: decode it so too.
         texts, stretch = [], []
         for id_ in ids:
