@@ -1,5 +1,5 @@
 // What the chat cell does with a page: elements, icons, the clipboard, files, a new cell of the notebook. chat_widget.js
-// follows in the same module (see widgets.py). No string is ever read as markup: children that are strings become text.
+// follows in the same module (see chat_widget.py). No string is ever read as markup: children that are strings become text.
 
 const ICONS = {
   undo: "M9 14 4 9l5-5M4 9h10a6 6 0 0 1 0 12h-3", trash: "M4 7h16M9 7V4h6v3M6 7l1 13h10l1-13",

@@ -1,11 +1,7 @@
-// The page's side of the chat cell (see widgets.py). Everything that was said is put into the page as text nodes:
+// The page's side of the chat cell (see chat_widget.py). Everything that was said is put into the page as text nodes:
 // no string is ever read as markup. What a person asks for goes to Python as {action, ...}; what comes back is drawn.
 
 const SPEAKERS = ["user", "system", "observation"];
-const OPTIONS = {  // of generation, each with the least step that a person would take
-  do_sample: null, temperature: 0.1, top_k: 1, top_p: 0.05, repetition_penalty: 0.05, max_new_tokens: 1, max_length: 1,
-  seed: 1,
-};
 
 function firstLanguage() {
   return localStorage.getItem("glm3kit-language") ?? (navigator.language.startsWith("zh") ? "zh" : "en");
@@ -140,9 +136,7 @@ class Chat {
     this.panel = name;
     for (const [other, tab] of Object.entries(this.tabs)) tab.setAttribute("aria-expanded", String(other === name));
     this.panelBox.hidden = !name;
-    const make = { settings: () => this.systemPanel(), tools: () => this.toolsPanel(),
-      sampling: () => this.samplingPanel(), file: () => this.filePanel() }[name];
-    this.panelBox.replaceChildren(...(make ? make() : []));
+    this.panelBox.replaceChildren(...(name ? PANELS[name](this) : []));
     this.panelBox.setAttribute("role", "region");
     this.panelBox.setAttribute("aria-label", name ? this.t[name] : "");
     this.panelOf = this.panelState();
@@ -154,60 +148,6 @@ class Chat {
     const { system, tools, ask_first, sampling } = this.state;
     const refused = this.panel === "sampling" ? this.model.get("note") : "";
     return JSON.stringify([system, tools, ask_first, sampling, refused]);
-  }
-
-  systemPanel() {
-    const t = this.t, area = h("textarea", { "aria-label": t.settings, rows: "3" });
-    area.value = this.state.system;
-    const apply = this.button("", t.apply, () => this.ask("set_system", { text: area.value }),
-      { "data-idle": true });
-    return [h("p", null, t.systemHelp), area, h("div", { class: "glm3kit-row" }, apply)];
-  }
-
-  toolsPanel() {
-    const t = this.t, { tools, ask_first } = this.state;
-    if (!tools.length) return [h("p", null, t.noTools)];
-    const mode = h("select", { "aria-label": t.whenCalled,
-      onchange: () => this.ask("set_ask_first", { ask_first: mode.value === "ask" }) },
-    h("option", { value: "auto" }, t.automatic), h("option", { value: "ask" }, t.askFirst));
-    mode.value = ask_first ? "ask" : "auto";
-    return [h("label", { class: "glm3kit-row" }, h("span", null, t.whenCalled), mode),
-      ...tools.map((tool) => h("div", { class: "glm3kit-tool" },
-        h("b", null, tool.name), h("span", null, tool.description),
-        tool.runs ? null : h("i", null, t.described),
-        tool.schema ? h("details", null, h("summary", null, t.schema), h("pre", { class: "glm3kit-code" }, tool.schema))
-          : null))];
-  }
-
-  samplingPanel() {
-    const t = this.t, { sampling } = this.state;
-    if (!sampling) return [h("p", null, t.noSampling)];
-    const known = Object.keys(OPTIONS).filter((name) => name in sampling);
-    return [h("div", { class: "glm3kit-grid" }, ...known.map((name) => {
-      const set = (value) => this.ask("set_sampling", { [name]: value });
-      const input = OPTIONS[name] === null
-        ? h("input", { type: "checkbox", "data-idle": true, onchange: () => set(input.checked) })
-        : h("input", { type: "number", step: OPTIONS[name], "data-idle": true, placeholder: t.noLimit,
-          onchange: () => set(input.value === "" ? null : Number(input.value)) });
-      if (OPTIONS[name] === null) input.checked = sampling[name];
-      else input.value = sampling[name] ?? "";
-      if (name === "seed") input.placeholder = "";
-      return h("label", null, h("span", null, t[name]), input);
-    }))];
-  }
-
-  filePanel() {
-    const t = this.t;
-    const file = h("input", { type: "file", accept: ".json,.md,.txt", "aria-label": t.load, class: "glm3kit-hidden",
-      onchange: async () => {
-        if (file.files[0]) this.ask("load", { text: await file.files[0].text() });
-        file.value = "";
-      } });
-    return [h("div", { class: "glm3kit-row" },
-      this.button("copy", t.copyAll, () => { this.copying = true; this.ask("save", { form: "md" }); }),
-      this.button("", t.json, () => this.ask("save", { form: "json" })),
-      this.button("", t.md, () => this.ask("save", { form: "md" })),
-      this.button("", t.load, () => file.click(), { "data-idle": true }), file)];
   }
 
   // messages

@@ -90,7 +90,8 @@ def shown_state(session: ChatSession) -> dict[str, Any]:
 class ChatWidget(anywidget.AnyWidget):
     """One view of a session. messages, growing and state are what the page shows; `do` is what the page may ask for."""
 
-    _esm = "\n".join((HERE / name).read_text(encoding="utf-8") for name in ("chat_page.js", "chat_widget.js"))
+    _esm = "\n".join((HERE / name).read_text(encoding="utf-8")
+                     for name in ("chat_page.js", "chat_panels.js", "chat_widget.js"))
     _css = HERE / "chat_widget.css"
 
     messages = traitlets.List().tag(sync=True)  # that stand

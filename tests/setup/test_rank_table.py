@@ -6,6 +6,7 @@ import random
 import re
 
 import pytest
+from setup.tables import device, groups, lab, ranks, super_pods, version_1_0
 
 from glm3kit.errors import RankTableError
 from glm3kit.setup.rank_table import (
@@ -28,32 +29,6 @@ REAL = {
 }
 
 
-def device(number, ip="", rank=None):
-    return {"device_id": str(number), "device_ip": ip or f"10.0.0.{number}"} | (
-        {} if rank is None else {"rank_id": str(rank)})
-
-
-def version_1_0(*servers, **more):
-    """A table as a dict; a server is (server_id, devices)."""
-    return {"status": "completed", "version": "1.0", "server_count": str(len(servers)),
-            "server_list": [{"server_id": name, "device": devices} for name, devices in servers]} | more
-
-
-def groups(*instances, **more):
-    """A group-form table of one group; an instance is (pod_name, server_id, devices)."""
-    entries = [{"pod_name": pod, "server_id": server, "devices": devices} for pod, server, devices in instances]
-    return {"status": "completed", "group_count": "1", "group_list": [{"group_name": "job", "instance_list": entries}]}
-
-
-@pytest.fixture
-def table_file(tmp_path):
-    def write(content, name="hccl.json"):
-        path = tmp_path / name
-        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-        return path
-    return write
-
-
 @pytest.mark.parametrize("number", REAL)
 def test_every_real_file_gives_a_table_or_a_precise_error(shared, number):
     [path] = (shared / "data/rank_tables").glob(f"{number}_*.json")
@@ -74,103 +49,12 @@ def test_no_real_file_is_left_out(shared):
     assert all(any(name.startswith(number + "_") for number in REAL) for name in found)
 
 
-def test_the_group_form_of_a_job_converts_to_its_version_1_0(shared):
-    folder = shared / "data/rank_tables"
-    converted = read_rank_table(folder / "01_modelarts_v0_2x8_k8s_jobstart_hccl.json").to_dict()
-    assert converted == json.loads((folder / "02_modelarts_v1_2x8_generated_jobstart_hccl.json").read_text())
-
-
 @pytest.mark.parametrize("number", ["02", "03", "42"])
 def test_version_1_0_is_written_as_it_was_read(shared, tmp_path, number):
     [path] = (shared / "data/rank_tables").glob(f"{number}_*.json")
     read_rank_table(path).save(tmp_path / "table.json")
     assert json.loads((tmp_path / "table.json").read_text()) == json.loads(path.read_text())
     assert read_rank_table(tmp_path / "table.json") == read_rank_table(path)
-
-
-def test_an_instance_of_the_lab_form_is_a_device_with_its_own_rank(shared):
-    [path] = (shared / "data/rank_tables").glob("20_*.json")
-    table = read_rank_table(path)
-    assert [(d.device_id, d.device_ip, d.rank_id) for d in table.devices][:2] == [
-        ("0", "192.168.100.101", "0"), ("1", "192.168.101.101", "1")]
-    assert [server.server_id for server in table.servers] == ["10.155.170.167"]
-
-
-def test_super_pods_keep_the_addresses_of_their_hosts(shared, tmp_path):
-    [path] = (shared / "data/rank_tables").glob("14_1_*.json")
-    table = read_rank_table(path)
-    assert [(server.server_id, server.host_ip) for server in table.servers] == [
-        ("node_0", "172.16.0.100"), ("node_1", "172.16.0.101"), ("node_2", "172.16.0.102"), ("node_3", "172.16.0.103")]
-    assert table.devices[15].device_ip == "192.168.4.9"
-    table.save(tmp_path / "table.json")
-    assert read_rank_table(tmp_path / "table.json") == table
-
-
-def lab(*rows, **more):
-    """A table of the lab form; a row is (rank, server)."""
-    instances = [{"devices": [device(rank)], "rank_id": str(rank), "server_id": server} for rank, server in rows]
-    group = {"device_num": str(len(rows)), "server_num": "1", "instance_count": str(len(rows)),
-             "instance_list": instances}
-    return {"status": "completed", "deploy_mode": "lab", "group_list": [group | more]}
-
-
-def test_the_lab_form_is_checked_against_its_counts(table_file):
-    assert read_rank_table(table_file(lab((1, "a"), (0, "a")))).devices[0].device_id == "0"
-    for change, message in (({"server_num": "2"}, "server_num says 2, but 1 server(s)"),
-                            ({"device_num": "3"}, "device_num says 3, but 2 device(s)")):
-        assert check_rank_table(table_file(lab((0, "a"), (1, "a"), **change))) == [
-            f"group_list[0]: {message} are listed; the table is unfinished or was cut: make it again"]
-    content = lab((0, "a"))
-    content["group_list"][0]["instance_list"][0]["devices"].append(device(1))
-    assert any("has 2 devices; expected one, that of rank_id 0" in fault
-               for fault in check_rank_table(table_file(content)))
-
-
-def super_pods(**more):
-    """One server in one super pod, as version "1.2"."""
-    table = version_1_0(("a", [device(0, rank=0) | {"super_device_id": "7"}]), version="1.2")
-    return table | {"super_pod_list": [{"super_pod_id": "0", "server_list": [{"server_id": "a"}]}]} | more
-
-
-def test_super_pods_are_checked_against_the_servers(table_file):
-    assert read_rank_table(table_file(super_pods(version="1.1"))).rank_size == 1
-    for pods, message in (([], "has server a 0 time(s), server_list 1 time(s)"),
-                          ([{"super_pod_id": "0", "server_list": [{"server_id": "a"}, {"server_id": "b"}]}],
-                           "has server b 1 time(s), server_list 0 time(s)")):
-        assert any(message in fault for fault in check_rank_table(table_file(super_pods(super_pod_list=pods))))
-    plain = version_1_0(("a", [device(0, rank=0)]))["server_list"]
-    (fault,) = check_rank_table(table_file(super_pods(server_list=plain)))
-    assert "super_device_id is missing" in fault
-
-
-def ranks(*rows, **more):
-    """A table of version "2.0", values numbers as in CANN's documentation; a row is (device_id, server, address)."""
-    return {"version": "2.0", "rank_count": len(rows), "rank_list": [
-        {"rank_id": rank, "local_id": number, "device_id": number, "level_list": [
-            {"net_layer": 0, "net_instance_id": server, "net_type": "TOPO_FILE_DESC",
-             "rank_addr_list": [{"addr_type": "EID" if len(address) == 32 else "IPV4", "addr": address}]}]}
-        for rank, (number, server, address) in enumerate(rows)]} | more
-
-
-def test_a_list_of_ranks_becomes_servers_with_their_devices(table_file):
-    table = read_rank_table(table_file(ranks((0, "rack0-pod0", "172.16.0.10"), (1, "rack0-pod0", "172.16.0.28"),
-                                             (0, "rack0-pod1", "172.16.1.10"), (1, "rack0-pod1", "172.16.1.28"))))
-    assert table.to_dict() == version_1_0(
-        ("rack0-pod0", [device(0, "172.16.0.10", 0), device(1, "172.16.0.28", 1)]),
-        ("rack0-pod1", [device(0, "172.16.1.10", 2), device(1, "172.16.1.28", 3)]))
-    eid = read_rank_table(table_file(ranks((0, "pod", "000000000000000000100000dfdf0020"))))
-    assert eid.devices[0].device_ip == "::10:0:dfdf:20"
-
-
-@pytest.mark.parametrize("change, message", [
-    ({"rank_count": 3}, "rank_count says 3, but 1 rank(s)"),
-    ({"status": "initializing"}, "not assigned all devices yet"),
-    ({"rank_list": [{"rank_id": 0, "device_id": 0, "level_list": []}]}, "does not begin with net_layer 0"),
-    ({"rank_list": [{"rank_id": "x", "device_id": 0}]}, 'rank_id is "x"'),
-])
-def test_a_list_of_ranks_with_a_fault_says_which(table_file, change, message):
-    with pytest.raises(RankTableError, match=re.escape(message)):
-        read_rank_table(table_file(ranks((0, "pod", "10.0.0.1"), **change)))
 
 
 def test_every_fault_of_a_table_is_told_at_once(table_file):
