@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import GOLDEN, ROOT, TOKENIZER
+from support import GOLDEN, ROOT, TOKENIZER, golden_net
 
 from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 
@@ -96,3 +96,21 @@ def published(hub: Path) -> dict[str, np.ndarray]:
 def tokenizer() -> ChatGLM3Tokenizer:
     """The tokenizer that comes with the kit."""
     return ChatGLM3Tokenizer(TOKENIZER)
+
+
+@pytest.fixture(scope="session")
+def published_tokenizer(shared: Path) -> ChatGLM3Tokenizer:
+    """ChatGLM3's own tokenizer, whose ids the reference values are."""
+    return ChatGLM3Tokenizer(shared / "data" / "tokenizer" / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def reference(golden: Path) -> dict[str, np.ndarray]:
+    """What the official code computes on the golden model."""
+    return dict(np.load(golden / "reference.npz"))
+
+
+@pytest.fixture(scope="session")
+def net() -> Any:
+    """The golden model in float32 with its compiled graphs, for tests that leave it as it is."""
+    return golden_net()

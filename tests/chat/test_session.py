@@ -7,7 +7,6 @@ import pytest
 
 from glm3kit.chat.session import ChatSession
 from glm3kit.errors import Glm3KitError, PromptError
-from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 
 WEATHER = [{"name": "weather", "description": "weather of a city", "parameters": {"city": {"type": "string"}}}]
 
@@ -102,9 +101,9 @@ def test_messages_show_the_turn_that_is_being_generated(tokenizer, model):
 
 # prompts
 
-def test_prompts_equal_the_reference_prompts(model, shared):
-    tokenizer = ChatGLM3Tokenizer(shared / "data/tokenizer/tokenizer.model")
-    cases = json.loads((shared / "golden/text/chat_prompts.json").read_text(encoding="utf-8"))
+def test_prompts_equal_the_reference_prompts(model, published_tokenizer, golden_texts):
+    tokenizer = published_tokenizer
+    cases = json.loads((golden_texts / "chat_prompts.json").read_text(encoding="utf-8"))
     for case in cases:
         session = ChatSession(tokenizer, model([tokenizer.eos_id]))
         session.history = case["history"]

@@ -19,10 +19,9 @@ ROW = {"content": "类型#裙", "summary": "好看的裙子"}
 TALK = {"conversations": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "好看"}]}
 
 
-@pytest.fixture(scope="module")
-def tokenizer(shared) -> ChatGLM3Tokenizer:
-    """The published tokenizer, whose ids the reference values are."""
-    return ChatGLM3Tokenizer(shared / "data/tokenizer/tokenizer.model")
+@pytest.fixture
+def tokenizer(published_tokenizer) -> ChatGLM3Tokenizer:
+    return published_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import pytest
 from glm3kit.errors import PromptError
 from glm3kit.text.answers import TextStream, code_block, parse_tool_call, process_response
 from glm3kit.text.messages import conversation_messages
-from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 
 TOOLS = [{"role": "system", "content": "You have tools.", "tools": [{"name": "track"}]}]
 USER = {"role": "user", "content": "q"}
@@ -236,8 +235,8 @@ def test_streamed_pieces_join_to_the_decoded_text_for_random_ids(tokenizer):
         assert "".join([*map(stream.push, ids), stream.finish()]) == tokenizer.decode(ids, errors="ignore"), ids
 
 
-def test_streamed_pieces_join_to_the_decoded_text_for_the_reference_rows(shared, golden_texts):
-    tokenizer = ChatGLM3Tokenizer(shared / "data/tokenizer/tokenizer.model")
+def test_streamed_pieces_join_to_the_decoded_text_for_the_reference_rows(published_tokenizer, golden_texts):
+    tokenizer = published_tokenizer
     for line in (golden_texts / "tokenizer.jsonl").read_text(encoding="utf-8").splitlines():
         text = json.loads(line)["text"]
         ids = tokenizer.encode(text, add_special_tokens=False)

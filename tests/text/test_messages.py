@@ -14,10 +14,9 @@ from glm3kit.text.tokenizer import ChatGLM3Tokenizer
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
 
-@pytest.fixture(scope="module")
-def tokenizer(shared) -> ChatGLM3Tokenizer:
-    """The published tokenizer, whose ids the reference values are."""
-    return ChatGLM3Tokenizer(shared / "data/tokenizer/tokenizer.model")
+@pytest.fixture
+def tokenizer(published_tokenizer) -> ChatGLM3Tokenizer:
+    return published_tokenizer
 
 
 # --- conversations to ids

@@ -11,10 +11,9 @@ from glm3kit.errors import DataError, PromptError
 from glm3kit.text.tokenizer import ROLES, SPECIAL_NAMES, ChatGLM3Tokenizer
 
 
-@pytest.fixture(scope="module")
-def tokenizer(shared) -> ChatGLM3Tokenizer:
-    """The published tokenizer, whose ids the reference values are."""
-    return ChatGLM3Tokenizer(shared / "data/tokenizer/tokenizer.model")
+@pytest.fixture
+def tokenizer(published_tokenizer) -> ChatGLM3Tokenizer:
+    return published_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -33,11 +33,6 @@ def in_two(trainers):
 
 
 @pytest.fixture(scope="module")
-def reference(golden):
-    return np.load(golden / "reference.npz")
-
-
-@pytest.fixture(scope="module")
 def batches(golden):
     return reference_batches()
 
